@@ -1,0 +1,110 @@
+"""The safetensors format: a length, a JSON header, and the tensors' bytes one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boft_export.checkpoint.dtypes import DTYPE_BITS
+from boft_export.checkpoint.tensors import FileBytes, TensorRef, tensor_bytes
+from boft_export.errors import AccessError, DamagedFileError
+
+# The limit of the format's reference reader.
+_MAX_HEADER = 100_000_000
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights: its tensors in the order of their bytes, and its metadata."""
+
+    path: Path
+    name: str
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
+    """Read the header of a safetensors file and check it against the file.
+
+    Args:
+        path: The file.
+        name: How to call the file in messages and in the result; its own name by default.
+
+    Raises:
+        DamagedFileError: If the header is malformed, or its tensors don't fill the file exactly, without gap or overlap.
+        AccessError: If the file cannot be read.
+    """
+    label = name or path.name
+
+    def damaged(reason: str) -> DamagedFileError:
+        return DamagedFileError(
+            f"{path} is not a sound safetensors file: {reason}.", hint="Download or save the file again."
+        )
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise damaged(f"its header claims {length:,} bytes, the file has {size:,}")
+            raw = file.read(length)
+    except OSError as error:
+        raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise TypeError("not an object")
+        metadata = header.pop("__metadata__", {}) or {}
+        if not all(isinstance(v, str) for v in metadata.values()):
+            raise TypeError("metadata must map strings to strings")
+        entries = sorted((_entry(k, v) for k, v in header.items()), key=lambda e: (e[3], e[4]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise damaged(f"its header cannot be read ({error})") from error
+
+    position, start_of_data = 0, 8 + length
+    tensors = []
+    for tensor, dtype, shape, begin, end in entries:
+        if begin != position or end - begin != tensor_bytes(dtype, shape):
+            raise damaged(
+                f"tensor {tensor} ({dtype}, shape {list(shape)}) should take bytes {position} to "
+                f"{position + tensor_bytes(dtype, shape)}, the header says {begin} to {end}"
+            )
+        tensors.append(TensorRef(tensor, dtype, shape, FileBytes(path, start_of_data + begin), label))
+        position = end
+    if start_of_data + position != size:
+        kind = "truncated" if start_of_data + position > size else "longer than its header says"
+        raise damaged(f"it is {kind}: {start_of_data + position:,} bytes expected, {size:,} found")
+    return WeightFile(path, label, tuple(tensors), metadata)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _entry(name: str, value: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
+    if any(type(i) is not int or i < 0 for i in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a shape or an offset that is not a natural number")
+    return name, dtype, shape, begin, end
+
+
+def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the length and header of a safetensors file that holds ``tensors`` (name, dtype, shape) in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,194 @@
+"""An output folder that appears whole or not at all.
+
+Everything is written in a hidden folder beside the output, ``.NAME.boft-export``, and renamed when it is complete and
+flushed. A journal there names each finished file, so that a killed run can go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from boft_export.errors import AccessError, ResourceError, UsageError
+
+_JOURNAL = "journal.jsonl"
+_FILES = "files"
+_LOCK = "lock"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def file_system_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors on ``path`` into ours: a full disk is a lack of resources."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk is full: writing {path} failed.", hint="Free some space, then run again with --resume."
+            ) from error
+        raise AccessError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+class Staging:
+    """A folder under construction.
+
+    Args:
+        output: Where the finished folder is to appear.
+        fingerprint: Stands for all that decides the output's bytes; only a run with the same one may go on.
+        resume: Take over the finished files of a killed run.
+        overwrite: Allow ``output`` to exist; it is replaced in one step at the end.
+
+    Raises:
+        UsageError: If ``output`` exists, another run is writing it, or there is nothing fit to resume.
+        AccessError: If the folder cannot be made.
+    """
+
+    def __init__(self, output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
+        check_output(output, overwrite=overwrite)
+        self.output = output
+        self.root = output.parent / f".{output.name}.boft-export"
+        self.files = self.root / _FILES
+        self.done: dict[str, Mapping[str, Any]] = {}
+        self.discarded = False
+        with file_system_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            previous = self._read_journal()
+            if resume and previous is not None and previous[0] == fingerprint:
+                self.done = previous[1]
+            else:
+                if resume and previous is not None:
+                    self._lock.close()
+                    raise UsageError(
+                        f"{self.root} was begun with other inputs or settings and can't be resumed.",
+                        hint="Run without --resume to start over.",
+                    )
+                self.discarded = previous is not None
+                shutil.rmtree(self.files, ignore_errors=True)
+                self.files.mkdir()
+                (self.root / _JOURNAL).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+            # What was being written when a run was killed is not in the journal.
+            for leftover in self.files.rglob("*.partial"):
+                leftover.unlink()
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.root / _LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UsageError(f"another run is writing {self.output} right now.", hint="Wait for it.") from None
+        return lock
+
+    def _read_journal(self) -> tuple[str, dict[str, Mapping[str, Any]]] | None:
+        """Return the fingerprint and the finished files; a last line cut short by a kill counts as not written."""
+        records = []
+        with contextlib.suppress(OSError, ValueError):
+            for line in (self.root / _JOURNAL).read_text().splitlines():
+                records.append(json.loads(line))
+        if not records or "fingerprint" not in records[0]:
+            return None
+        done = {r["file"]: r for r in records[1:]}
+        whole = {n: r for n, r in done.items() if _size(self.files / n) == r["nbytes"]}
+        return records[0]["fingerprint"], whole
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file for writing; it gets its name only when it is complete and flushed to disk."""
+        target = self.files / name
+        partial = target.with_name(target.name + ".partial")
+        with file_system_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Note in the journal that ``name`` is finished, with what the manifest will need of it."""
+        entry = {"file": name, "nbytes": (self.files / name).stat().st_size, **content}
+        with file_system_errors(self.root), (self.root / _JOURNAL).open("a") as journal:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.done[name] = entry
+
+    def publish(self) -> None:
+        """Put the folder in its place in one step, and forget the journal."""
+        with file_system_errors(self.output):
+            for folder in [p for p in self.files.rglob("*") if p.is_dir()] + [self.files]:
+                _sync_folder(folder)
+            if self.output.is_dir() and any(self.output.iterdir()):
+                _exchange(self.files, self.output)
+            else:
+                self.files.replace(self.output)
+            _sync_folder(self.output.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self._lock.close()
+
+    def keep(self) -> None:
+        """Leave what was written for a later ``resume``."""
+        self._lock.close()
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that may not be written.
+
+    Raises:
+        UsageError: If it is a file, or a folder with content and ``overwrite`` is off.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} exists and is not a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UsageError(f"{output} exists.", hint="Choose another -o, or replace it with --overwrite.")
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space where ``folder`` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders; in one step where the system can (Linux's renameat2), else by two renames."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):
+            paths = os.fsencode(new), os.fsencode(old)
+            if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+                return
+    aside = new.with_name("replaced")
+    old.rename(aside)
+    new.rename(old)

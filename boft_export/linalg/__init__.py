@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: rotations as products of sparse factors, and rounding."""

@@ -1,0 +1,42 @@
+"""Choosing how many dense stages a product of sparse factors is applied in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+# Nanoseconds per weight element for one dense stage of the given size, float64 on one core, torch's batched product
+# in tiles of TILE_ELEMENTS (benchmarks/stages.py prints this table). What matters is the ratios.
+STAGE_COST = {2: 6.0, 4: 3.4, 8: 3.0, 16: 2.5, 32: 3.1, 64: 5.0, 128: 8.5, 256: 15.0, 512: 28.0}
+
+# What a stage costs beside its product where its features are not neighbours: two gathers.
+GATHER_COST = 4.5
+
+
+def stage_cost(size: int) -> float:
+    """Return the cost of a stage of ``size``, interpolated in log-log between the measured sizes."""
+    sizes = list(STAGE_COST)
+    low, high = next(((a, b) for a, b in pairwise(sizes) if size <= b), (sizes[-2], sizes[-1]))
+    t = math.log(size / low) / math.log(high / low)
+    return STAGE_COST[low] ** (1 - t) * STAGE_COST[high] ** t
+
+
+def plan_stages(num_factors: int, run_size: Callable[[int, int], int]) -> list[tuple[int, int]]:
+    """Return the cheapest way to fuse neighbouring factors into dense stages, as an FFT planner picks radices.
+
+    Args:
+        num_factors: Number m of factors.
+        run_size: ``run_size(i, j)``, the number of features that factors i to j - 1 couple.
+
+    Returns:
+        Half-open runs (i, j) that cover 0..m in order; each becomes one stage.
+    """
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]
+    for j in range(1, num_factors + 1):
+        candidates = [
+            (best[i][0] + stage_cost(run_size(i, j)) + (GATHER_COST if i else 0.0), [*best[i][1], (i, j)])
+            for i in range(j)
+        ]
+        best.append(min(candidates, key=lambda c: c[0]))
+    return best[-1][1]

@@ -1,0 +1,132 @@
+"""The fold itself: a run of a tensor's elements in, rotated, scaled and rounded elements out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from boft_export.adapters import View
+from boft_export.linalg.rounding import round_once
+from boft_export.pipeline.layers import LayerOperator
+from boft_export.planning import Segment, Step
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a fold did to a run of elements, as sums that add up over runs.
+
+    Attributes:
+        elements: How many there are.
+        changed: How many differ from the source's in the output's dtype.
+        source: Sum of the source's squares.
+        change: Sum of squares of exact result minus source.
+        rounding: Sum of squares of rounded minus exact result.
+        damaged: How many are not finite though the source's are.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    source: float = 0.0
+    change: float = 0.0
+    rounding: float = 0.0
+    damaged: int = 0
+
+    def __add__(self, other: Measure) -> Measure:
+        """Return the measure of both runs together."""
+        return Measure(
+            self.elements + other.elements,
+            self.changed + other.changed,
+            self.source + other.source,
+            self.change + other.change,
+            self.rounding + other.rounding,
+            self.damaged + other.damaged,
+        )
+
+    @property
+    def relative_change(self) -> float:
+        """||dW|| / ||W||."""
+        return math.sqrt(self.change / self.source) if self.source else 0.0
+
+    @property
+    def rounding_loss(self) -> float | None:
+        """||rounding error|| / ||dW||; None where nothing was to change."""
+        return math.sqrt(self.rounding / self.change) if self.change else None
+
+
+def fold(
+    source: Tensor,
+    segment: Segment,
+    start: int,
+    dtype: torch.dtype,
+    *,
+    compute: torch.dtype,
+    device: torch.device,
+    tile: int,
+    operator: Callable[[Step], LayerOperator],
+) -> tuple[Tensor, Measure]:
+    """Apply a segment's steps to a run of its elements and round the result once.
+
+    Args:
+        source: The elements, flat, on the CPU.
+        segment: The segment they belong to.
+        start: The element of the tensor at which they begin; a whole number of tiles into the segment.
+        dtype: The output's dtype.
+        compute: The dtype to compute in.
+        device: Where to compute.
+        tile: Elements to compute at once. Tiles lie at fixed places in the tensor, so that the sums, and with them the
+            last bits, don't depend on how the work is cut.
+        operator: Gives the operator of a step.
+
+    Returns:
+        The new elements, flat, on the CPU, and what was done.
+    """
+    out = torch.empty(source.numel(), dtype=dtype)
+    total = Measure()
+    for offset in range(0, source.numel(), tile):
+        piece = source[offset : offset + tile]
+        # The copy also puts the tile at an aligned address, which some BLAS kernels' order of summation depends on.
+        x = piece.to(device=device, dtype=compute, copy=True)
+        y = x
+        for step in segment.steps:
+            y = _apply(step, operator(step), y, start + offset)
+        rounded = round_once(y, dtype)
+        out[offset : offset + tile] = rounded
+        total += _measure(x, y, rounded.to(compute))
+    return out, total
+
+
+def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Tensor:
+    """Apply one step to a tile that begins at element ``start`` of the tensor."""
+    rotation, scale = operator.rotation, operator.scale
+    if step.view is View.INPUT:
+        x = flat.view(-1, step.layer.num_features)
+        first = (start - step.start) // x.shape[1]
+        x = rotation.rotate_columns(x)
+        if scale is not None:
+            x = x * scale[first : first + x.shape[0], None]
+    else:
+        x = flat.view(-1, step.layer.num_outputs or 1)
+        first = (start - step.start) // x.shape[1]
+        x = rotation.restrict(first, first + x.shape[0]).rotate_rows(x)
+        if scale is not None:
+            x = x * scale
+    return x.reshape(-1)
+
+
+def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
+    change, rounding = y - x, rounded - y
+    error = float(torch.dot(rounding, rounding))
+    # A value that is not finite shows in the sum; only then is it worth looking where it comes from.
+    damaged = 0 if math.isfinite(error) else int((~torch.isfinite(rounded) & torch.isfinite(x)).sum())
+    return Measure(
+        x.numel(),
+        int((rounded != x).sum()),
+        float(torch.dot(x, x)),
+        float(torch.dot(change, change)),
+        error,
+        damaged,
+    )

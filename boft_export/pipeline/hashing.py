@@ -1,0 +1,50 @@
+"""SHA-256 of the input files, taken from the bytes as they pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from boft_export.checkpoint.tensors import FileBytes
+
+_PIECE = 4 << 20
+
+
+class InputHashes:
+    """Digests of files that are read in ranges, mostly in order.
+
+    Bytes that come in their order are digested as they pass; what was left out is read when it is needed.
+
+    Args:
+        files: Name in the manifest and path of each file.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
+        self._state = {path: (hashlib.sha256(), 0) for path in files.values()}
+
+    def feed(self, path: Path, offset: int, data: memoryview) -> None:
+        """Take note of ``data``, the bytes of ``path`` from ``offset`` on."""
+        state = self._state.get(path)
+        if state is None or offset < state[1]:
+            return
+        self._advance(path, offset)
+        digest, position = self._state[path]
+        digest.update(data)
+        self._state[path] = (digest, position + len(data))
+
+    def _advance(self, path: Path, stop: int) -> None:
+        digest, position = self._state[path]
+        while position < stop:
+            buffer = memoryview(bytearray(min(_PIECE, stop - position)))
+            FileBytes(path, position).read_into(buffer, 0)
+            digest.update(buffer)
+            position += len(buffer)
+        self._state[path] = (digest, position)
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each file by its name, reading what has not passed yet."""
+        for path in self._state:
+            self._advance(path, path.stat().st_size)
+        return {name: self._state[path][0].hexdigest() for name, path in self._files.items()}

@@ -1,0 +1,115 @@
+"""Building an adapter layer's rotation from its trained tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from boft_export.adapters import AdapterLayer, Pairing, Parametrization
+from boft_export.errors import Level, Notice
+from boft_export.linalg.butterfly import butterfly_index
+from boft_export.linalg.cayley import cayley, skew
+from boft_export.linalg.rotation import Factor, Rotation
+from boft_export.pipeline.torch_io import read_tensor
+from boft_export.planning import FoldPlan, SourcedAdapter, Step
+
+_ORTHOGONAL = {Parametrization.CAYLEY: lambda a: cayley(skew(a))}
+_INDEX = {Pairing.BUTTERFLY: butterfly_index}
+
+
+@dataclass(frozen=True)
+class LayerOperator:
+    """What a layer does to its weight: R and s.
+
+    Attributes:
+        rotation: R, over n features.
+        scale: s, shape (out,); None for none.
+    """
+
+    rotation: Rotation
+    scale: Tensor | None
+
+
+def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
+    """Return a layer's R, factor by factor as it was trained, and s; float64 on the CPU.
+
+    Raises:
+        AccessError: If the adapter's file cannot be read.
+    """
+    blocks = _ORTHOGONAL[layer.parametrization](read_tensor(source.refs[layer.blocks]))
+    index = _INDEX[layer.pairing]
+    factors = (
+        Factor(blocks[i], index(i, layer.num_blocks, layer.block_size)) for i in range(layer.num_factors)
+    )
+    scale = None if layer.scale is None else read_tensor(source.refs[layer.scale]).reshape(-1)
+    return LayerOperator(Rotation(tuple(factors)), scale)
+
+
+def check_values(source: SourcedAdapter) -> list[Notice]:
+    """Read every trained tensor of an adapter and note what no header shows: damage, zeros, no training at all."""
+    notices = []
+    untrained = []
+    for layer in source.adapter.layers:
+        blocks = read_tensor(source.refs[layer.blocks])
+        scale = None if layer.scale is None else read_tensor(source.refs[layer.scale])
+        for key, values in ((layer.blocks, blocks), (layer.scale, scale)):
+            if values is not None and not torch.isfinite(values).all():
+                bad = int((~torch.isfinite(values)).sum())
+                message = f"{bad} of {values.numel()} values are not finite: the training diverged, or the file is damaged"
+                notices.append(Notice(Level.ERROR, "not-finite", str(key), message, "Use an earlier adapter."))
+        if scale is not None and (scale == 0).any():
+            message = f"{int((scale == 0).sum())} output scales are 0: these outputs vanish, which can't be undone"
+            notices.append(Notice(Level.WARNING, "zero-scale", layer.module, message))
+        if not skew(blocks).any() and (scale is None or (scale == 1).all()):
+            untrained.append(layer.module)
+    if untrained:
+        count = f"{len(untrained)} of {len(source.adapter.layers)} layers"
+        message = f"{count} are untrained (no rotation, all scales 1) and leave their weights as they are"
+        notices.append(Notice(Level.WARNING, "untrained", source.name, f"{message}; the first: {untrained[0]}"))
+    return notices
+
+
+class LayerCache:
+    """Operators ready to fold with, fused and on their device: built once each, the last few kept.
+
+    Args:
+        plan: The plan whose steps will be asked for.
+        dtype: The dtype to compute in.
+        capacity: How many to keep.
+    """
+
+    def __init__(self, plan: FoldPlan, dtype: torch.dtype, capacity: int) -> None:
+        self._plan = plan
+        self._dtype = dtype
+        self._capacity = capacity
+        self._entries: OrderedDict[tuple[int, str, torch.device], Future[LayerOperator]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.residuals: dict[tuple[int, str], float] = {}
+
+    def get(self, step: Step, device: torch.device) -> LayerOperator:
+        """Return the operator of ``step`` on ``device``; threads that ask at once share one build."""
+        key = (step.adapter, step.layer.module, device)
+        with self._lock:
+            future = self._entries.get(key)
+            mine = future is None
+            if future is None:
+                future = self._entries[key] = Future()
+                while len(self._entries) > self._capacity:
+                    self._entries.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(self._build(step, device))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _build(self, step: Step, device: torch.device) -> LayerOperator:
+        built = build_layer(self._plan.adapters[step.adapter], step.layer)
+        self.residuals[step.adapter, step.layer.module] = built.rotation.residual()
+        scale = None if built.scale is None else built.scale.to(device, self._dtype)
+        return LayerOperator(built.rotation.fused().to(device, self._dtype), scale)

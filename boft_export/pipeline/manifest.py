@@ -1,0 +1,83 @@
+"""``boft_export.json``: what went into a merged checkpoint, what was done, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from boft_export.pipeline.engine import RunResult, TensorResult
+from boft_export.planning import Action, FoldPlan, Step
+from boft_export.version import __version__
+
+MANIFEST_NAME = "boft_export.json"
+SCHEMA_VERSION = 1
+
+
+def manifest(plan: FoldPlan, run: RunResult, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest: the same for every run over the same inputs and settings, with no local paths or times."""
+
+    def hashes(prefix: str) -> dict[str, str]:
+        return {n.removeprefix(prefix): h for n, h in run.inputs.items() if n.startswith(prefix)}
+
+    base = {"name": plan.base.name, "revision": plan.base.revision, "sha256": hashes("base/")}
+    adapters = [
+        {
+            "name": a.name,
+            "revision": a.revision,
+            "format": a.adapter.format,
+            "base_model": a.adapter.base_model,
+            "sha256": hashes(f"adapter-{i}/"),
+            "renames": list(plan.renames[i]),
+            "dropped": dict(a.adapter.dropped),
+        }
+        for i, a in enumerate(plan.adapters)
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "boft-export", "version": __version__},
+        "command": "merge",
+        "base": base,
+        "adapters": adapters,
+        "settings": dict(settings),
+        "config_edits": [{"path": list(e.path), "value": e.value, "reason": e.reason} for e in plan.edits],
+        "files": {s.name: {"bytes": s.nbytes, "sha256": run.files[s.name]} for s in plan.shards},
+        "tensors": {r.plan.name: tensor_record(r) for r in run.tensors},
+        "notices": [
+            {"level": n.level.value, "code": n.code, "subject": n.subject, "message": n.message} for n in plan.notices
+        ],
+    }
+
+
+def tensor_record(result: TensorResult) -> dict[str, Any]:
+    """Return what the manifest says of one tensor."""
+    plan = result.plan
+    record: dict[str, Any] = {"action": plan.action.value, "dtype": plan.dtype, "shape": list(plan.shape)}
+    if plan.source.name != plan.name or plan.source is not plan.base:
+        record["source"] = plan.source.name
+    if result.measure is not None and plan.action is not Action.COPY:
+        record["changed_elements"] = result.measure.changed
+        record["relative_change"] = result.measure.relative_change
+        record["rounding_loss"] = result.measure.rounding_loss
+    if plan.steps:
+        record["orthogonality_residual"] = result.residual
+        record["steps"] = [_step(s) for s in plan.steps]
+    return record
+
+
+def _step(step: Step) -> dict[str, Any]:
+    layer = step.layer
+    return {
+        "adapter": step.adapter,
+        "module": layer.module,
+        "num_factors": layer.num_factors,
+        "num_blocks": layer.num_blocks,
+        "block_size": layer.block_size,
+        "parametrization": layer.parametrization.value,
+        "view": step.view.value,
+    }
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """Return a manifest's text."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,68 @@
+"""The output's ``README.md``: a model card with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from boft_export.errors import Level
+from boft_export.planning import Action, FoldPlan
+from boft_export.version import __version__
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
+# What stays true of a merged model of what its base's card says.
+_KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
+
+
+def model_card(plan: FoldPlan) -> str:
+    """Return the card of a merged checkpoint: what it is made of, and what of it is not the base's."""
+    from huggingface_hub import ModelCardData
+
+    base_id = plan.base.repo_id or next(
+        (a.adapter.base_model for a in plan.adapters if a.adapter.base_model and _HUB_ID.match(a.adapter.base_model)), None
+    )
+    metadata = _base_metadata(plan)
+    metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), "boft", "merged-adapter"]))
+    if base_id:
+        metadata |= {"base_model": base_id, "base_model_relation": "finetune"}
+    front = ModelCardData(**metadata).to_yaml()
+    adapters = ", then ".join(f"`{a.name}` ({a.adapter.format})" for a in plan.adapters)
+    counts = ", ".join(
+        f"{plan.count(action)} {verb}"
+        for action, verb in (
+            (Action.FOLD, "rotated"),
+            (Action.REPLACE, "replaced"),
+            (Action.ADD, "added"),
+            (Action.CONVERT, "converted"),
+            (Action.COPY, "as in the base"),
+        )
+        if plan.count(action)
+    )
+    lines = [
+        f"# {plan.base.name.rsplit('/', 1)[-1]} with its adapter merged",
+        "",
+        f"`{base_id or plan.base.name}` with {adapters} folded into its weights by boft-export {__version__}. "
+        "It loads like the base and needs no adapter library.",
+        "",
+        f"Tensors: {counts}. `boft_export.json` has the inputs' hashes and what was done to each tensor.",
+    ]
+    warnings = [n for n in plan.notices if n.level is Level.WARNING]
+    if warnings:
+        lines += ["", "Noted while merging:", "", *(f"- {n}" for n in warnings)]
+    return f"---\n{front}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _base_metadata(plan: FoldPlan) -> dict[str, Any]:
+    """Return what of the base's card is kept; a card that can't be read has nothing to keep."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    card = plan.base.root / "README.md"
+    try:
+        found = metadata_load(card) if card.is_file() else None
+    except (OSError, UnicodeDecodeError, ValueError, YAMLError):
+        found = None
+    kept = {k: v for k, v in (found or {}).items() if k in _KEPT and v}
+    if not isinstance(kept.get("tags", []), list):
+        del kept["tags"]
+    return kept

@@ -1,0 +1,64 @@
+"""Byte ranges on disk as torch tensors and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from boft_export.checkpoint import FLOAT_DTYPES, TensorRef
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in FLOAT_DTYPES.items()}
+
+
+def read_bytes(ref: TensorRef, start: int, stop: int, *, pinned: bool = False) -> Tensor:
+    """Return bytes ``start`` to ``stop`` of a tensor, uint8; in page-locked memory where a GPU is to fetch them."""
+    buffer = torch.empty(stop - start, dtype=torch.uint8, pin_memory=pinned)
+    ref.read_into(as_bytes(buffer), start)
+    return buffer
+
+
+def read_tensor(ref: TensorRef) -> Tensor:
+    """Return a whole float tensor in float64."""
+    return read_bytes(ref, 0, ref.nbytes).view(TORCH_DTYPES[ref.dtype]).view(ref.shape).to(torch.float64)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on the calling thread alone.
+
+    A product split over threads may be summed in another order. The work is spread over tiles instead, each computed
+    by one thread, so that the bytes are the same for any number of them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_devices(name: str) -> tuple[torch.device, ...]:
+    """Return the devices that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:all`` stands for.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return (torch.device("cpu"),)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in {"auto", "cuda"} and count:
+        return (torch.device("cuda", 0),)
+    if name == "cuda:all" and count:
+        return tuple(torch.device("cuda", i) for i in range(count))
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and index.isdigit() and int(index) < count:
+        return (torch.device("cuda", int(index)),)
+    raise ValueError(f"device {name} is not here: found cpu" + "".join(f", cuda:{i}" for i in range(count)))
