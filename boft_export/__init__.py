@@ -6,11 +6,12 @@ The names below are the public interface. They are loaded on first use, so that 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from boft_export.version import __version__
 
 if TYPE_CHECKING:
+    from boft_export.adapters import ReadOptions
     from boft_export.errors import (
         AccessError,
         BoftExportError,
@@ -23,16 +24,21 @@ if TYPE_CHECKING:
         UsageError,
     )
     from boft_export.pipeline.merge import MergeResult, merge
-    from boft_export.pipeline.merge import plan_merge as plan
+    from boft_export.pipeline.prepare import plan_merge as plan
+    from boft_export.pipeline.rotations import write_rotations
     from boft_export.planning.model import FoldPlan
     from boft_export.planning.inputs import Sources
+    from boft_export.planning.inspection import Inspection, inspect
 
+# Where each public name is, and what it is called there.
 _PUBLIC = {
     "AccessError": "errors",
     "BoftExportError": "errors",
     "CheckFailedError": "errors",
     "DamagedFileError": "errors",
     "InputError": "errors",
+    "Inspection": "planning.inspection",
+    "ReadOptions": "adapters",
     "Level": "errors",
     "Notice": "errors",
     "ResourceError": "errors",
@@ -41,13 +47,35 @@ _PUBLIC = {
     "MergeResult": "pipeline.merge",
     "Sources": "planning.inputs",
     "merge": "pipeline.merge",
-    "plan": "pipeline.merge:plan_merge",
+    "inspect": "planning.inspection",
+    "plan": "pipeline.prepare:plan_merge",
+    "write_rotations": "pipeline.rotations",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604  # the names are those of the table
+__all__ = [
+    "AccessError",
+    "BoftExportError",
+    "CheckFailedError",
+    "DamagedFileError",
+    "FoldPlan",
+    "InputError",
+    "Inspection",
+    "Level",
+    "MergeResult",
+    "Notice",
+    "ReadOptions",
+    "ResourceError",
+    "Sources",
+    "UsageError",
+    "inspect",
+    "merge",
+    "plan",
+    "write_rotations",
+    "__version__",
+]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     module, _, attribute = _PUBLIC[name].partition(":")

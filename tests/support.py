@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+# For property tests: no time limit for one example, since machines are shared.
+properties = settings(deadline=None, max_examples=50)
 
 # The config that today's PEFT writes, as far as a merge looks at it.
 PEFT_CONFIG = {

@@ -8,8 +8,8 @@ from typing import Any
 from boft_export.adapters.adapter import (
     Adapter,
     AdapterLayer,
-    Parametrization,
     Pairing,
+    Parametrization,
     Reader,
     ReadOptions,
     Replacement,
@@ -43,7 +43,8 @@ def read_adapter(
     kind = config.get("peft_type")
     found = f"peft_type {kind}" if kind else f"keys like {next(iter(tensors), 'none')}"
     raise InputError(
-        f"{name} is not an adapter that can be merged: found {found}, supported are {', '.join(r.name for r in READERS)}.",
+        f"{name} is not an adapter that can be merged: found {found}, "
+        f"supported are {', '.join(r.name for r in READERS)}.",
         hint="LoRA and other additive adapters: use PEFT's merge_and_unload." if kind else None,
     )
 

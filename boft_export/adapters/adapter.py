@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import PureWindowsPath
 from typing import Any, Protocol
 
 from boft_export.errors import Notice
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class TensorInfo(Protocol):
@@ -82,7 +86,7 @@ class AdapterLayer:
 
     def run_size(self, i: int, j: int) -> int:
         """Return how many features factors i to j - 1 couple."""
-        return self.block_size * 2 ** (j - i - 1)
+        return self.block_size << (j - i - 1)
 
 
 class ReplacementKind(StrEnum):
@@ -141,6 +145,13 @@ class Adapter:
     model_class: str | None = None
     task: str | None = None
 
+    @property
+    def base_name(self) -> str | None:
+        """What to call the base in files that are passed on: its Hub id, or the last part of a local path."""
+        if self.base_model is None or _HUB_ID.fullmatch(self.base_model):
+            return self.base_model
+        return PureWindowsPath(self.base_model).name
+
 
 @dataclass(frozen=True)
 class ReadOptions:
@@ -161,7 +172,5 @@ class Reader(Protocol):
     def recognises(self, config: Mapping[str, Any], keys: Sequence[str]) -> bool:
         """Tell whether an adapter with this config and these keys is of this format."""
 
-    def read(
-        self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], options: ReadOptions
-    ) -> Adapter:
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], options: ReadOptions) -> Adapter:
         """Read the adapter; problems go into its notices, all of them."""

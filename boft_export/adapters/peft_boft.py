@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -23,6 +24,7 @@ from boft_export.errors import Level, Notice
 _PREFIX = "base_model.model."
 _PARTS = ("boft_R", "boft_s", "boft_P")
 _PART = re.compile(rf"(?:(?P<module>.+)\.)?(?P<part>{'|'.join(_PARTS)})(?:\.(?P<adapter>[^.]+))?$")
+_LEAKED = "belongs to another adapter ({}) that leaked into this file"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # Up to this release `bias="boft_only"` saved no bias at all.
 _LOST_BIAS_UNTIL = (0, 20)
@@ -43,27 +45,31 @@ class PeftBoft:
         parts: dict[str, dict[str, str]] = defaultdict(dict)
         others: dict[str, str] = {}
         dropped: dict[str, str] = {}
+        leaked: set[str] = set()
         notices: list[Notice] = []
         for key in tensors:
-            name = key.removeprefix(_PREFIX)
+            # A compiled module's wrapper shows in its parameters' names.
+            name = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
             match = _PART.match(name)
             if match is None:
-                others[name.removesuffix(".default")] = key
+                _claim(others, name.removesuffix(".default"), key, notices)
             elif match["part"] == "boft_P":
                 dropped[key] = "a permutation, which follows from the shapes"
-            elif match["adapter"] not in (None, "default"):
-                dropped[key] = f"belongs to another adapter ({match['adapter']}) that leaked into this file"
+            elif match["adapter"] and (match["adapter"] != "default" or key.removesuffix(".default") in tensors):
+                leaked.add(match["adapter"])
+                dropped[key] = _LEAKED.format(match["adapter"])
             else:
-                parts[match["module"] or ""][match["part"]] = key
+                _claim(parts[match["module"] or ""], match["part"], key, notices)
 
-        legacy_p = any(_PART.match(k.removeprefix(_PREFIX)) and k.find("boft_P") >= 0 for k in tensors)
-        views, ambiguous = _views(config, legacy_p, options)
+        has_p = any(k.endswith("boft_P") or ".boft_P." in k for k in tensors)
+        views, ambiguous = _views(config, options, has_p=has_p)
         layers = [
             layer
             for module, keys in parts.items()
-            if (layer := _layer(module, keys, tensors, config, views, ambiguous, notices)) is not None
+            if (layer := _layer(module, keys, tensors, views, ambiguous, notices)) is not None
         ]
-        replacements = _replacements(others, set(parts), tensors, dropped, notices)
+        notices += _compare_with_config(layers, config)
+        replacements = _replacements(others, set(parts), leaked, tensors, dropped, notices)
         saved = set(config.get("modules_to_save") or ())
         replacements = [replace(r, may_add=_names_module(r.name, saved)) for r in replacements]
         notices += [
@@ -91,7 +97,14 @@ class PeftBoft:
         )
 
 
-def _views(config: Mapping[str, Any], has_p: bool, options: ReadOptions) -> tuple[dict[int, View], dict[int, str]]:
+def _claim(keys: dict[str, str], name: str, key: str, notices: list[Notice]) -> None:
+    """Note ``key`` as the one that holds ``name``; there may be only one."""
+    if (first := keys.setdefault(name, key)) != key:
+        message = f"and {first} are two spellings of one tensor"
+        notices.append(Notice(Level.ERROR, "double-key", key, message, "Remove one of them."))
+
+
+def _views(config: Mapping[str, Any], options: ReadOptions, *, has_p: bool) -> tuple[dict[int, View], dict[int, str]]:
     """Return the meaning of linear and convolution weights; convolutions changed theirs in PEFT 0.14."""
     views = {2: View.INPUT}
     if options.conv_view is not None:
@@ -109,12 +122,11 @@ def _layer(
     module: str,
     keys: Mapping[str, str],
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
     views: Mapping[int, View],
     ambiguous: Mapping[int, str],
     notices: list[Notice],
 ) -> AdapterLayer | None:
-    """Read one layer from its tensors' shapes; the config is only compared with them."""
+    """Read one layer from its tensors' shapes."""
 
     def problem(code: str, message: str, hint: str | None = None) -> None:
         notices.append(Notice(Level.ERROR, code, module, message, hint))
@@ -158,7 +170,6 @@ def _layer(
     if prod(scale.shape) != max(scale.shape):
         problem("layer-shape", f"boft_s has shape {list(scale.shape)}: expected (out, 1) or (1, out)")
         return None
-    _compare_with_config(module, factors, count, size, config, notices)
     return AdapterLayer(
         module=module,
         blocks=keys["boft_R"],
@@ -172,27 +183,29 @@ def _layer(
     )
 
 
-def _compare_with_config(
-    module: str, factors: int, count: int, size: int, config: Mapping[str, Any], notices: list[Notice]
-) -> None:
-    """Warn where the config says other numbers than the tensor, which is what counts."""
-    for key, found in (("boft_n_butterfly_factor", factors), ("boft_block_size", size), ("boft_block_num", count)):
+def _compare_with_config(layers: Sequence[AdapterLayer], config: Mapping[str, Any]) -> list[Notice]:
+    """Warn where the config says other numbers than the tensors, which are what counts."""
+    notices = []
+    for key, attribute, why in (
+        ("boft_n_butterfly_factor", "num_factors", " (PEFT trains one factor where its CUDA extension is missing)"),
+        ("boft_block_size", "block_size", ""),
+        ("boft_block_num", "num_blocks", ""),
+    ):
         said = config.get(key)
-        if said and said != found:
-            why = " (PEFT trains one factor where its CUDA extension is missing)" if "factor" in key else ""
-            notices.append(
-                Notice(
-                    Level.WARNING,
-                    "config-disagrees",
-                    module,
-                    f"the config says {key}={said}, the tensor has {found}; the tensor counts{why}",
-                )
+        others = [layer for layer in layers if said and said != getattr(layer, attribute)]
+        if others:
+            message = (
+                f"the config says {key}={said}, the tensors of {len(others)} of {len(layers)} layers have "
+                f"{getattr(others[0], attribute)}, as in {others[0].module}; the tensors count{why}"
             )
+            notices.append(Notice(Level.WARNING, "config-disagrees", "adapter", message))
+    return notices
 
 
 def _replacements(
     others: Mapping[str, str],
-    modules: set[str],
+    modules: AbstractSet[str],
+    leaked: AbstractSet[str],
     tensors: Mapping[str, TensorInfo],
     dropped: dict[str, str],
     notices: list[Notice],
@@ -205,6 +218,10 @@ def _replacements(
             continue
         if ".modules_to_save." in name:
             # bias="all" saves a trained module's bias a second time under its inner name.
+            adapter = name.partition(".modules_to_save.")[2].partition(".")[0]
+            if adapter in leaked:
+                dropped[key] = _LEAKED.format(adapter)
+                continue
             plain = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
             if plain in others:
                 dropped[key] = f"the same as {plain}"
@@ -216,10 +233,8 @@ def _replacements(
             kind = ReplacementKind.BASE_WEIGHT if leaf == "weight" else ReplacementKind.BIAS
             found.append(Replacement(f"{owner}.{leaf}", key, kind))
         elif re.search(r"\b(lora|oft|hada|vera|ia3|loha|lokr|hra|road)_", name):
-            notices.append(
-                Notice(Level.ERROR, "foreign-key", key, "belongs to no BOFT layer: another method's tensor")
-            )
-        elif tensors[key].shape == () or 0 in tensors[key].shape:
+            notices.append(Notice(Level.ERROR, "foreign-key", key, "belongs to no BOFT layer: another method's tensor"))
+        elif 0 in tensors[key].shape:
             notices.append(
                 Notice(
                     Level.ERROR,
@@ -234,10 +249,13 @@ def _replacements(
             if leaf == "weight" and owner in modules:
                 kind = ReplacementKind.BASE_WEIGHT
             found.append(Replacement(name, key, kind))
+    names: dict[str, str] = {}
+    for item in found:
+        _claim(names, item.name, item.key, notices)
     return found
 
 
-def _names_module(name: str, modules: Set[str]) -> bool:
+def _names_module(name: str, modules: AbstractSet[str]) -> bool:
     """Tell whether one of ``modules`` is, or holds, the tensor; PEFT matches them as the end of a module's path."""
     parts = name.split(".")[:-1]
     return any(".".join(parts[i:j]) in modules for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))

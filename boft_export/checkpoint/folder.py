@@ -181,7 +181,7 @@ def _weights_folder(root: Path) -> PurePosixPath:
         return PurePosixPath()
     try:
         first = json.loads(read_text(modules))[0]["path"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{modules} is not a list of modules: {error}.") from error
     folder = PurePosixPath(str(first))
     if folder.is_absolute() or ".." in folder.parts:
@@ -206,7 +206,9 @@ def _find_weights(folder: Path) -> Path:
         raise InputError(f"{folder} is an adapter, not a checkpoint.", hint="Give the base first, then the adapter.")
     parts = sorted(p.parent.name for p in folder.glob("*/*") if p.name in _WEIGHT_NAMES)
     hint = f"Choose one part with --subfolder: {', '.join(parts)}." if parts else None
-    raise InputError(f"{folder} holds no weights: expected model.safetensors, its index, or pytorch_model.bin.", hint=hint)
+    raise InputError(
+        f"{folder} holds no weights: expected model.safetensors, its index, or pytorch_model.bin.", hint=hint
+    )
 
 
 def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Mapping[str, Any]]:
@@ -222,11 +224,12 @@ def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Ma
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise DamagedFileError(f"{weights} has no weight_map of names to files.")
     files = []
+    beside = {p.name for p in weights.parent.iterdir() if p.is_file()}
     for name in dict.fromkeys(weight_map.values()):
         # An index may come from anywhere; what it names must lie beside it.
         if PurePosixPath(name).name != name or name in {"", ".", ".."} or "\\" in name:
             raise DamagedFileError(f"{weights} names a file outside of its folder: {name}.")
-        if not (weights.parent / name).is_file():
+        if name not in beside:
             raise DamagedFileError(f"{weights} names {name}, which is missing.", hint="Complete the download.")
         files.append(read_weight_file(weights.parent / name, relative(weights.parent / name)))
     files.sort(key=lambda f: f.name)

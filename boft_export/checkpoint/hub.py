@@ -44,8 +44,12 @@ def locate(
         AccessError: If the Hub does not give it.
     """
     inside = _inside(subfolder)
-    path = Path(ref).expanduser()
-    if path.exists():
+    try:
+        path = Path(ref).expanduser()
+        local = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise AccessError(f"cannot look up {ref}: {error}") from error
+    if local:
         return Located(path / inside if inside.parts else path)
     match = _HUB_ID.match(ref)
     if match is None or ref.startswith((".", "/", "~")):
@@ -56,7 +60,7 @@ def locate(
         raise UsageError(f"{ref} names one revision and the option another: {revision}.")
     revision = match["revision"] or revision
     inside = _inside(match["folder"].strip("/")) / inside
-    snapshot = _download(match["repo"], revision, inside, offline, wanted)
+    snapshot = _download(match["repo"], revision, inside, wanted, offline=offline)
     # The snapshot's folder is named after the commit.
     return Located(snapshot / inside, match["repo"], snapshot.name)
 
@@ -90,10 +94,11 @@ def _download(
     repo: str,
     revision: str | None,
     inside: PurePosixPath,
-    offline: bool,
     wanted: Callable[[Iterable[str]], list[str]] | None,
+    *,
+    offline: bool,
 ) -> Path:
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Each major version of the library has its own HTTP client; this is the base of that client's errors.
@@ -102,13 +107,11 @@ def _download(
     offline = offline or constants.HF_HUB_OFFLINE
     patterns: list[str] | None = [f"{inside}/**"] if inside.parts else None
     try:
-        if wanted is not None and not offline:
-            names = HfApi().list_repo_files(repo, revision=revision)
+        names = _file_names(repo, revision, offline=offline) if wanted is not None else None
+        if wanted is not None and names is not None:
             prefix = f"{inside}/" if inside.parts else ""
             patterns = [prefix + n for n in wanted(n.removeprefix(prefix) for n in names if n.startswith(prefix))]
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline)
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         state = "and the Hub is off limits (offline)" if offline else "and the Hub cannot be reached"
         raise AccessError(
@@ -127,3 +130,19 @@ def _download(
             f"{repo} is not a local path, and the Hub cannot be reached: {error}",
             hint="Check the path or the network; --offline uses the cache alone.",
         ) from error
+
+
+def _file_names(repo: str, revision: str | None, *, offline: bool) -> list[str] | None:
+    """Return the names of a repository's files, offline as the cache remembers them; None where it does not."""
+    import huggingface_hub as hub
+
+    if not offline:
+        # One request: list_repo_files would go on trying for half a minute where there is no network.
+        return [f.rfilename for f in hub.HfApi().model_info(repo, revision=revision).siblings or ()]
+    # Versions that remember them refuse a snapshot that lacks any; the older ones have neither.
+    if not hasattr(hub, "get_cached_repo_tree"):
+        return None
+    try:
+        return [f.path for f in hub.get_cached_repo_tree(repo, revision=revision)]
+    except hub.errors.CachedRepoTreeNotFoundError:
+        return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import bisect
+import contextlib
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,13 +23,17 @@ _NAMES = {
     "uint64": "U64", "int64": "I64", "complex64": "C64", "complex128": "C128",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", **DTYPE_OF_NAME,
 }  # fmt: skip
+_ZIP_MAGIC = b"PK\x03\x04"
+# What torch puts before the unpickler's own message: advice to load the file unsafely.
+_ADVICE = ("Weights only load failed", "WeightsUnpickler error: ")
 
 
 def read_pickle(path: Path, name: str | None = None) -> WeightFile:
     """Read the names, dtypes, shapes and byte offsets of a state dict that ``torch.save`` wrote.
 
     Only ``weights_only`` loading is used, and for today's zip form no tensor data is read: loaded under fake tensors,
-    torch tells each storage's offset in the file. The form before torch 1.6 has no such offsets and is held in memory.
+    torch tells each storage's offset in the file. The form before torch 1.6 has no such offsets and is held in memory,
+    as is a zip whose records are compressed or of the other byte order.
 
     Raises:
         DamagedFileError: If the file is not a state dict that ``weights_only`` loading accepts.
@@ -39,44 +45,68 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
 
     label = name or path.name
     try:
-        by_ranges = zipfile.is_zipfile(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if by_ranges:
-                with FakeTensorMode():
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     except OSError as error:
         raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    try:
+        bounds = _record_bounds(path) if zipped else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with FakeTensorMode() if bounds is not None else contextlib.nullcontext():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # A damaged pickle fails in as many ways as there are instructions in it.
         raise DamagedFileError(
-            f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}",
+            f"{path} cannot be read as plain weights: {_reason(error)}",
             hint="Only files that torch.load(..., weights_only=True) accepts are read. Save it as safetensors.",
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()
+    ):
         raise InputError(
             f"{path} is not a flat state dict: expected names with tensors, found other values.",
             hint="Save the model's state_dict() alone, best as safetensors.",
         )
-    refs = [_ref(path, label, key, tensor, by_ranges) for key, tensor in state.items()]
+    refs = [_ref(path, label, key, tensor, bounds) for key, tensor in state.items()]
     return WeightFile(path, label, tuple(refs), {"format": "pt"})
 
 
-def _ref(path: Path, label: str, key: str, tensor: torch.Tensor, by_ranges: bool) -> TensorRef:
+def _reason(error: Exception) -> str:
+    """Return the first line of what the unpickler says."""
+    start, end = _ADVICE
+    lines = (line.strip() for line in str(error).rpartition(end)[2].splitlines())
+    return next((line for line in lines if line and not line.startswith(start)), type(error).__name__)
+
+
+def _record_bounds(path: Path) -> list[int] | None:
+    """Return where the records of a zip begin, and where the last ends; None if their bytes aren't the tensors' own."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        order = next((archive.read(r) for r in records if r.filename.endswith("/byteorder")), sys.byteorder.encode())
+        if order != sys.byteorder.encode() or any(r.compress_type != zipfile.ZIP_STORED for r in records):
+            return None
+        return sorted([*(r.header_offset for r in records), archive.start_dir])
+
+
+def _ref(path: Path, label: str, key: str, tensor: torch.Tensor, bounds: list[int] | None) -> TensorRef:
     dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
-    strided = tensor.layout.__str__() == "torch.strided" and tensor.is_contiguous()
-    if dtype is None or not strided:
+    strided = str(tensor.layout) == "torch.strided" and tensor.is_contiguous()
+    if dtype is None or not strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         raise InputError(
             f"{path}: tensor {key} is stored as {tensor.dtype} {tensor.layout}, strides {list(tensor.stride())}: only "
             "plain contiguous tensors can be read.",
             hint="Save the checkpoint as safetensors with contiguous tensors.",
         )
     shape = tuple(tensor.shape)
-    if by_ranges:
+    if bounds is not None:
         # torch leaves the position of each storage in the file here when loading under fake tensors.
-        start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]  # not in torch's stubs
+        start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset")  # noqa: B009  # private, not in all stubs
         offset = start + int(tensor.storage_offset()) * tensor.element_size()
+        end = start + tensor.untyped_storage().nbytes()
+        if bisect.bisect_left(bounds, start) != bisect.bisect_left(bounds, end):
+            raise DamagedFileError(f"{path}: the record of tensor {key} is shorter than the tensor.")
         return TensorRef(key, dtype, shape, FileBytes(path, offset), label)
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from boft_export.errors import AccessError, DamagedFileError
 # The limit of the format's reference reader.
 _MAX_HEADER = 100_000_000
 _ALIGNMENT = 8
+_MAX_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
     except OSError as error:
         raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise TypeError("not an object")
-        metadata = header.pop("__metadata__", {}) or {}
-        if not all(isinstance(v, str) for v in metadata.values()):
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise TypeError("metadata must map strings to strings")
+        # Escapes can spell halves of characters, which no file or terminal takes.
+        "".join([*header, *metadata, *metadata.values()]).encode()
         entries = sorted((_entry(k, v) for k, v in header.items()), key=lambda e: (e[3], e[4]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(f"its header cannot be read ({error})") from error
@@ -68,11 +73,8 @@ def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
     position, start_of_data = 0, 8 + length
     tensors = []
     for tensor, dtype, shape, begin, end in entries:
-        if begin != position or end - begin != tensor_bytes(dtype, shape):
-            raise damaged(
-                f"tensor {tensor} ({dtype}, shape {list(shape)}) should take bytes {position} to "
-                f"{position + tensor_bytes(dtype, shape)}, the header says {begin} to {end}"
-            )
+        if begin != position:
+            raise damaged(f"tensor {tensor} should begin at byte {position:,}, the header says {begin:,}")
         tensors.append(TensorRef(tensor, dtype, shape, FileBytes(path, start_of_data + begin), label))
         position = end
     if start_of_data + position != size:
@@ -89,12 +91,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
-    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
-    if any(type(i) is not int or i < 0 for i in (*shape, begin, end)):
+    if type(shape) is not list or any(type(i) is not int or not 0 <= i <= _MAX_NUMBER for i in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a shape or an offset that is not a natural number")
-    return name, dtype, shape, begin, end
+    if DTYPE_BITS[dtype] * math.prod(shape) != 8 * (end - begin):
+        raise ValueError(f"tensor {name} ({dtype}, shape {shape}) does not take the {end - begin:,} bytes it is given")
+    return name, dtype, tuple(shape), begin, end
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

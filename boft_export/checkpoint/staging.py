@@ -40,6 +40,27 @@ def file_system_errors(path: Path) -> Iterator[None]:
         raise AccessError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
+@contextlib.contextmanager
+def write_whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that gets its name only when it is complete and flushed to disk.
+
+    Raises:
+        ResourceError: If the disk is full.
+        AccessError: If the file can't be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    with file_system_errors(target):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
 class Staging:
     """A folder under construction.
 
@@ -64,6 +85,7 @@ class Staging:
         with file_system_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
+            journal = self.root / _JOURNAL
             previous = self._read_journal()
             if resume and previous is not None and previous[0] == fingerprint:
                 self.done = previous[1]
@@ -77,10 +99,13 @@ class Staging:
                 self.discarded = previous is not None
                 shutil.rmtree(self.files, ignore_errors=True)
                 self.files.mkdir()
-                (self.root / _JOURNAL).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
             # What was being written when a run was killed is not in the journal.
             for leftover in self.files.rglob("*.partial"):
                 leftover.unlink()
+            # Written anew, so that no line cut short stands before those to come.
+            with write_whole(journal) as file:
+                records = ({"fingerprint": fingerprint}, *self.done.values())
+                file.writelines(json.dumps(r).encode() + b"\n" for r in records)
 
     def _take_lock(self) -> IO[str]:
         lock = (self.root / _LOCK).open("w")
@@ -93,28 +118,26 @@ class Staging:
 
     def _read_journal(self) -> tuple[str, dict[str, Mapping[str, Any]]] | None:
         """Return the fingerprint and the finished files; a last line cut short by a kill counts as not written."""
-        records = []
-        with contextlib.suppress(OSError, ValueError):
-            for line in (self.root / _JOURNAL).read_text().splitlines():
-                records.append(json.loads(line))
-        if not records or "fingerprint" not in records[0]:
+        fingerprint: str | None = None
+        done: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            first, *rest = (self.root / _JOURNAL).read_text().splitlines()
+            fingerprint = json.loads(first)["fingerprint"]
+            for line in rest:
+                record = json.loads(line)
+                done[record["file"]] = record["nbytes"], record
+        if fingerprint is None:
             return None
-        done = {r["file"]: r for r in records[1:]}
-        whole = {n: r for n, r in done.items() if _size(self.files / n) == r["nbytes"]}
-        return records[0]["fingerprint"], whole
+        return fingerprint, {n: r for n, (size, r) in done.items() if _size(self.files / n) == size}
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file for writing; it gets its name only when it is complete and flushed to disk."""
         target = self.files / name
-        partial = target.with_name(target.name + ".partial")
         with file_system_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
+        with write_whole(target) as file:
+            yield file
 
     def record(self, name: str, content: Mapping[str, Any]) -> None:
         """Note in the journal that ``name`` is finished, with what the manifest will need of it."""

@@ -8,18 +8,22 @@ from itertools import pairwise
 
 # Nanoseconds per weight element for one dense stage of the given size, float64 on one core, torch's batched product
 # in tiles of TILE_ELEMENTS (benchmarks/stages.py prints this table). What matters is the ratios.
-STAGE_COST = {2: 6.0, 4: 3.4, 8: 3.0, 16: 2.5, 32: 3.1, 64: 5.0, 128: 8.5, 256: 15.0, 512: 28.0}
+STAGE_COST = {16: 2.3, 32: 3.1, 64: 4.0, 128: 7.0, 256: 12.8, 512: 28.9}
 
-# What a stage costs beside its product where its features are not neighbours: two gathers.
-GATHER_COST = 4.5
+# Blocks smaller than this are laid side by side in one block of this size: the zeros cost less than the small products.
+SMALLEST_STAGE = 16
+
+# What a stage costs beside its product where its features are not neighbours: two gathers, of short runs.
+GATHER_COST = 1.0
 
 
 def stage_cost(size: int) -> float:
     """Return the cost of a stage of ``size``, interpolated in log-log between the measured sizes."""
     sizes = list(STAGE_COST)
+    size = max(size, SMALLEST_STAGE)
     low, high = next(((a, b) for a, b in pairwise(sizes) if size <= b), (sizes[-2], sizes[-1]))
     t = math.log(size / low) / math.log(high / low)
-    return STAGE_COST[low] ** (1 - t) * STAGE_COST[high] ** t
+    return math.exp((1 - t) * math.log(STAGE_COST[low]) + t * math.log(STAGE_COST[high]))
 
 
 def plan_stages(num_factors: int, run_size: Callable[[int, int], int]) -> list[tuple[int, int]]:

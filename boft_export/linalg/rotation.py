@@ -72,7 +72,7 @@ class Factor:
         """Return M X for ``x`` of shape (n, c)."""
         columns = x.shape[1]
         y = torch.bmm(self.blocks, x[self.index.reshape(-1)].view(*self.index.shape, columns))
-        return torch.empty_like(x).index_copy_(0, self.index.reshape(-1), y.view(-1, columns))
+        return torch.empty_like(x).index_copy_(0, self.index.reshape(-1), y.view(x.shape))
 
     def restrict(self, start: int, stop: int) -> Self:
         """Return the factor on features start..stop, which its blocks must not straddle; blocks in order of features."""
@@ -119,6 +119,21 @@ def fuse(factors: Sequence[Factor]) -> Factor:
     return Factor(product.view(groups, size, size), index)
 
 
+def widen(factor: Factor, size: int) -> Factor:
+    """Return the same factor with neighbouring blocks laid side by side in blocks of at least ``size``, if they fill them.
+
+    Where the number of blocks doesn't allow it, the factor is returned as it is.
+    """
+    count, small = factor.index.shape
+    together = -(-size // small)
+    if together == 1 or count % together:
+        return factor
+    blocks = factor.blocks.new_zeros(count // together, together, small, together, small)
+    blocks.diagonal(dim1=1, dim2=3).copy_(factor.blocks.view(-1, together, small, small).permute(0, 2, 3, 1))
+    wide = together * small
+    return Factor(blocks.view(-1, wide, wide), factor.index.reshape(-1, wide))
+
+
 @dataclass(frozen=True)
 class Rotation:
     """R = M_{m-1} ... M_1 M_0, a product of sparse factors over the same n features.
@@ -154,15 +169,19 @@ class Rotation:
         """Return R on features start..stop, which must be a union of coupled groups."""
         return Rotation(tuple(f.restrict(start, stop) for f in self.factors))
 
-    def fused(self) -> Rotation:
-        """Return the same rotation in the dense stages that cost least to apply."""
+    def fused(self, smallest: int = 1) -> Rotation:
+        """Return the same rotation in the dense stages that cost least to apply.
+
+        Args:
+            smallest: Lay smaller blocks side by side up to this size, which ``restrict`` may then not take apart.
+        """
         sizes = {
             (i, j): couple(self.factors[i:j]).shape[1]
             for i in range(len(self.factors))
             for j in range(i + 1, len(self.factors) + 1)
         }
         runs = plan_stages(len(self.factors), lambda i, j: sizes[i, j])
-        return Rotation(tuple(fuse(self.factors[i:j]) for i, j in runs))
+        return Rotation(tuple(widen(fuse(self.factors[i:j]), smallest) for i, j in runs))
 
     def groups(self) -> Factor:
         """Return R as one factor: the dense orthogonal product of each coupled group, n/g matrices of g by g."""

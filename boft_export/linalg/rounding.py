@@ -8,9 +8,10 @@ from torch import Tensor
 # float32 keeps 23 of float64's 52 fraction bits.
 _DROPPED = 52 - 23
 _MASK = (1 << _DROPPED) - 1
-# The exponent bits of a bfloat16; all zero for zeros and subnormals.
+# The exponent bits of a bfloat16, and their value for the smallest normal numbers; zeros and subnormals have less.
 _BF16_EXPONENT = 0x7F80
-# The spacing of bfloat16's subnormals.
+_BF16_LOWEST_NORMAL = 0x0080
+# The spacing of bfloat16's subnormals and of its smallest normal numbers.
 _BF16_QUANTUM = 2.0**-133
 
 
@@ -32,8 +33,9 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = odd.to(torch.float32).to(dtype)
     if dtype is torch.bfloat16:
         # bfloat16 and float32 share their exponent range, so among its subnormals float32 has no 23 fraction bits to
-        # round to odd at. (float16's subnormals are far inside float32's normal range.)
-        tiny = (rounded.view(torch.int16) & _BF16_EXPONENT) == 0
+        # round to odd at. (float16's subnormals are far inside float32's normal range.) The largest of them may have
+        # been rounded up to a normal number.
+        tiny = (rounded.view(torch.int16) & _BF16_EXPONENT) <= _BF16_LOWEST_NORMAL
         if tiny.any():
             exact = torch.round(x[tiny] / _BF16_QUANTUM) * _BF16_QUANTUM
             rounded[tiny] = exact.to(dtype)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ class _Chunk:
     cost: int
 
 
-_Done = tuple[memoryview, Measure | None]
+_Done = tuple[memoryview, list[Measure]]
 
 
 def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progress | None = None) -> RunResult:
@@ -93,7 +94,7 @@ def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progres
         AccessError: If a file can't be read or written.
         ResourceError: If the disk is full.
     """
-    layers = LayerCache(plan, engine.compute, capacity=engine.jobs + 1)
+    layers = LayerCache(plan, engine.compute, engine.memory.rotations * len(engine.devices))
     hashes = InputHashes(plan.input_files())
     todo = [s for s in plan.shards if s.name not in staging.done]
     total = sum(s.nbytes for s in plan.shards)
@@ -102,19 +103,19 @@ def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progres
     try:
         for shard in todo:
             digest = hashlib.sha256(shard.header)
-            measures: dict[str, Measure | None] = {}
+            measures: dict[str, Measure] = {}
             with staging.write(shard.name) as file:
                 file.write(shard.header)
                 done += len(shard.header)
-                for chunk, (data, measure) in stream.take(shard):
+                for chunk, (data, tiles) in stream.take(shard):
                     file.write(data)
                     digest.update(data)
                     done += len(data)
                     name = chunk.tensor.name
-                    before = measures.get(name)
-                    measures[name] = measure if before is None or measure is None else before + measure
-                    if measure is not None and measure.damaged:
-                        raise _not_finite(chunk.tensor, measure)
+                    for measure in tiles:
+                        measures[name] = measures.get(name, Measure()) + measure
+                        if measure.damaged:
+                            raise _not_finite(chunk.tensor, measure)
                     if progress is not None:
                         progress(done, total, name)
             staging.record(shard.name, _journal_entry(shard, digest.hexdigest(), measures, layers))
@@ -199,9 +200,9 @@ class _Stream:
     def _work(self, chunk: _Chunk, data: torch.Tensor, device: torch.device) -> _Done:
         tensor = chunk.tensor
         if tensor.action is Action.COPY or tensor.source.dtype not in TORCH_DTYPES:
-            return as_bytes(data), None
+            return as_bytes(data), []
         elements = data.view(TORCH_DTYPES[tensor.source.dtype])
-        out, measure = fold(
+        out, measures = fold(
             elements,
             chunk.segment,
             chunk.start // elements.element_size(),
@@ -211,7 +212,7 @@ class _Stream:
             tile=chunk.segment.tile(TILE_ELEMENTS[device.type]),
             operator=lambda step: self._layers.get(step, device),
         )
-        return as_bytes(out), measure
+        return as_bytes(out), measures
 
 
 def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
@@ -222,7 +223,7 @@ def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
 
 
 def _journal_entry(
-    shard: Shard[TensorPlan], sha256: str, measures: dict[str, Measure | None], layers: LayerCache
+    shard: Shard[TensorPlan], sha256: str, measures: dict[str, Measure], layers: LayerCache
 ) -> dict[str, object]:
     tensors = {}
     for tensor in shard.tensors:
@@ -235,8 +236,7 @@ def _journal_entry(
     return {"sha256": sha256, "tensors": tensors}
 
 
-def _result(tensor: TensorPlan, entry: object) -> TensorResult:
-    assert isinstance(entry, dict)
+def _result(tensor: TensorPlan, entry: Mapping[str, Any]) -> TensorResult:
     record = entry["tensors"][tensor.name]
     measure = Measure(**record["measure"]) if record["measure"] is not None else None
     return TensorResult(tensor, measure, record["residual"])

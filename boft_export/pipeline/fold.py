@@ -67,7 +67,7 @@ def fold(
     device: torch.device,
     tile: int,
     operator: Callable[[Step], LayerOperator],
-) -> tuple[Tensor, Measure]:
+) -> tuple[Tensor, list[Measure]]:
     """Apply a segment's steps to a run of its elements and round the result once.
 
     Args:
@@ -82,10 +82,11 @@ def fold(
         operator: Gives the operator of a step.
 
     Returns:
-        The new elements, flat, on the CPU, and what was done.
+        The new elements, flat, on the CPU, and what was done to each tile: whoever adds that up in the tensor's order
+        gets the same sums however the work is cut.
     """
     out = torch.empty(source.numel(), dtype=dtype)
-    total = Measure()
+    measures = []
     for offset in range(0, source.numel(), tile):
         piece = source[offset : offset + tile]
         # The copy also puts the tile at an aligned address, which some BLAS kernels' order of summation depends on.
@@ -95,8 +96,8 @@ def fold(
             y = _apply(step, operator(step), y, start + offset)
         rounded = round_once(y, dtype)
         out[offset : offset + tile] = rounded
-        total += _measure(x, y, rounded.to(compute))
-    return out, total
+        measures.append(_measure(x, y, rounded.to(compute)))
+    return out, measures
 
 
 def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Tensor:
@@ -118,15 +119,16 @@ def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Ten
 
 
 def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
-    change, rounding = y - x, rounded - y
-    error = float(torch.dot(rounding, rounding))
-    # A value that is not finite shows in the sum; only then is it worth looking where it comes from.
-    damaged = 0 if math.isfinite(error) else int((~torch.isfinite(rounded) & torch.isfinite(x)).sum())
-    return Measure(
-        x.numel(),
-        int((rounded != x).sum()),
-        float(torch.dot(x, x)),
-        float(torch.dot(change, change)),
-        error,
-        damaged,
-    )
+    elements, damaged = x.numel(), 0
+    rounding = _squares(rounded - y)
+    if not math.isfinite(rounding):
+        # Infinities, as in a mask, are taken over as they are; what was done is measured on the other elements.
+        finite = torch.isfinite(x)
+        damaged = int((~torch.isfinite(rounded) & finite).sum())
+        x, y, rounded = x[finite], y[finite], rounded[finite]
+        rounding = _squares(rounded - y)
+    return Measure(elements, int((rounded != x).sum()), _squares(x), _squares(y - x), rounding, damaged)
+
+
+def _squares(x: Tensor) -> float:
+    return float(torch.dot(x, x))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from boft_export.checkpoint.tensors import FileBytes
+from boft_export.errors import AccessError
 
 _PIECE = 4 << 20
 
@@ -44,7 +45,16 @@ class InputHashes:
         self._state[path] = (digest, position)
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file by its name, reading what has not passed yet."""
+        """Return the SHA-256 of each file by its name, reading what has not passed yet.
+
+        Raises:
+            DamagedFileError: If a file ends early.
+            AccessError: If a file cannot be read.
+        """
         for path in self._state:
-            self._advance(path, path.stat().st_size)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
+            self._advance(path, size)
         return {name: self._state[path][0].hexdigest() for name, path in self._files.items()}

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from boft_export.adapters import AdapterLayer, Pairing, Parametrization
+from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
 from boft_export.errors import Level, Notice
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
+from boft_export.linalg.planner import SMALLEST_STAGE
 from boft_export.linalg.rotation import Factor, Rotation
+from boft_export.pipeline.memory import rotation_bytes
 from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import FoldPlan, SourcedAdapter, Step
 
@@ -43,9 +45,7 @@ def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
     """
     blocks = _ORTHOGONAL[layer.parametrization](read_tensor(source.refs[layer.blocks]))
     index = _INDEX[layer.pairing]
-    factors = (
-        Factor(blocks[i], index(i, layer.num_blocks, layer.block_size)) for i in range(layer.num_factors)
-    )
+    factors = (Factor(blocks[i], index(i, layer.num_blocks, layer.block_size)) for i in range(layer.num_factors))
     scale = None if layer.scale is None else read_tensor(source.refs[layer.scale]).reshape(-1)
     return LayerOperator(Rotation(tuple(factors)), scale)
 
@@ -60,7 +60,9 @@ def check_values(source: SourcedAdapter) -> list[Notice]:
         for key, values in ((layer.blocks, blocks), (layer.scale, scale)):
             if values is not None and not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).sum())
-                message = f"{bad} of {values.numel()} values are not finite: the training diverged, or the file is damaged"
+                message = (
+                    f"{bad} of {values.numel()} values are not finite: the training diverged, or the file is damaged"
+                )
                 notices.append(Notice(Level.ERROR, "not-finite", str(key), message, "Use an earlier adapter."))
         if scale is not None and (scale == 0).any():
             message = f"{int((scale == 0).sum())} output scales are 0: these outputs vanish, which can't be undone"
@@ -80,14 +82,15 @@ class LayerCache:
     Args:
         plan: The plan whose steps will be asked for.
         dtype: The dtype to compute in.
-        capacity: How many to keep.
+        limit: Bytes that those kept may take, as ``rotation_bytes`` counts them.
     """
 
-    def __init__(self, plan: FoldPlan, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(self, plan: FoldPlan, dtype: torch.dtype, limit: int) -> None:
         self._plan = plan
         self._dtype = dtype
-        self._capacity = capacity
-        self._entries: OrderedDict[tuple[int, str, torch.device], Future[LayerOperator]] = OrderedDict()
+        self._limit = limit
+        self._kept = 0
+        self._entries: OrderedDict[tuple[int, str, torch.device], tuple[Future[LayerOperator], int]] = OrderedDict()
         self._lock = threading.Lock()
         self.residuals: dict[tuple[int, str], float] = {}
 
@@ -95,16 +98,18 @@ class LayerCache:
         """Return the operator of ``step`` on ``device``; threads that ask at once share one build."""
         key = (step.adapter, step.layer.module, device)
         with self._lock:
-            future = self._entries.get(key)
-            mine = future is None
-            if future is None:
-                future = self._entries[key] = Future()
-                while len(self._entries) > self._capacity:
-                    self._entries.popitem(last=False)
+            entry = self._entries.get(key)
+            mine = entry is None
+            if entry is None:
+                entry = self._entries[key] = Future(), rotation_bytes(step)
+                self._kept += entry[1]
+                while self._kept > self._limit and len(self._entries) > 1:
+                    self._kept -= self._entries.popitem(last=False)[1][1]
+            future = entry[0]
         if mine:
             try:
                 future.set_result(self._build(step, device))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # it is raised where the operator is asked for
                 future.set_exception(error)
         return future.result()
 
@@ -112,4 +117,6 @@ class LayerCache:
         built = build_layer(self._plan.adapters[step.adapter], step.layer)
         self.residuals[step.adapter, step.layer.module] = built.rotation.residual()
         scale = None if built.scale is None else built.scale.to(device, self._dtype)
-        return LayerOperator(built.rotation.fused().to(device, self._dtype), scale)
+        # Seen as (n, out), a weight is folded group by group: the rotation must come apart there.
+        smallest = SMALLEST_STAGE if step.view is View.INPUT else 1
+        return LayerOperator(built.rotation.fused(smallest).to(device, self._dtype), scale)

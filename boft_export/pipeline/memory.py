@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 
 from boft_export.errors import ResourceError
-from boft_export.linalg.planner import plan_stages
-from boft_export.planning import Action, FoldPlan, Segment, TensorPlan
+from boft_export.linalg.planner import SMALLEST_STAGE, plan_stages
+from boft_export.planning import Action, FoldPlan, Segment, Step, TensorPlan
 
 # The interpreter with torch's libraries in it.
 RUNTIME_BYTES = 300 << 20
 # Elements of a tile: in float64 a tile and its result stay in a core's second-level cache. A GPU wants more at once.
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 # What is read at once, where memory allows.
 CHUNK_BYTES = 8 << 20
 DEFAULT_IN_FLIGHT = 128 << 20
@@ -27,11 +28,13 @@ class MemoryPlan:
     Attributes:
         in_flight: Bytes of weights read and not yet written, at most.
         chunk: Bytes to read at once.
+        rotations: Bytes of rotations to keep ready: those of one more tensor than there are threads that fold.
         peak: The whole process, at most.
     """
 
     in_flight: int
     chunk: int
+    rotations: int
     peak: int
 
 
@@ -50,7 +53,7 @@ def plan_memory(plan: FoldPlan, limit: int | None, jobs: int, device: str = "cpu
     folded = [(t, s) for t in plan.tensors if t.action is not Action.COPY for s in t.segments]
     tile = max((s.tile(TILE_ELEMENTS[device]) for _, s in folded), default=0)
     scratch = jobs * tile * 8 * _TILES_ALIVE if device == "cpu" else 0
-    rotations = (jobs + 1) * max((rotation_bytes(t) for t, _ in folded), default=0)
+    rotations = (jobs + 1) * max((sum(map(rotation_bytes, t.steps)) for t, _ in folded), default=0)
     fixed = RUNTIME_BYTES + scratch + rotations
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device])) for t, s in folded), default=1 << 16)
     in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * smallest) if limit is None else limit - fixed
@@ -59,19 +62,17 @@ def plan_memory(plan: FoldPlan, limit: int | None, jobs: int, device: str = "cpu
             f"{limit or 0:,} bytes of memory are too few: this merge needs {fixed + smallest:,}.",
             hint=f"Raise --max-memory to at least {-(-(fixed + smallest) // (1 << 20))}MiB, or use fewer --jobs.",
         )
-    return MemoryPlan(in_flight, max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1))), 1 << 16), fixed + in_flight)
+    chunk = max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1))), 1 << 16)
+    return MemoryPlan(in_flight, chunk, rotations, fixed + in_flight)
 
 
-def rotation_bytes(tensor: TensorPlan) -> int:
-    """Return the size of a tensor's rotations, built and fused, in float64."""
-    total = 0
-    for step in tensor.steps:
-        layer = step.layer
-        stages = plan_stages(layer.num_factors, layer.run_size)
-        fused = sum(layer.run_size(i, j) for i, j in stages)
-        # Trained blocks and their transforms are there while the stages are built.
-        total += 8 * layer.num_features * (fused + 3 * layer.num_factors * layer.block_size)
-    return total
+def rotation_bytes(step: Step) -> int:
+    """Return the size of a step's rotation, built and fused, in float64."""
+    layer = step.layer
+    stages = plan_stages(layer.num_factors, layer.run_size)
+    fused = sum(max(layer.run_size(i, j), SMALLEST_STAGE) for i, j in stages)
+    # Trained blocks and their transforms are there while the stages are built.
+    return 8 * layer.num_features * (fused + 3 * layer.num_factors * layer.block_size)
 
 
 def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int) -> int:
@@ -79,6 +80,11 @@ def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int) -> int:
     count = min(elements, segment.stop - segment.start)
     total = max(tensor.source.num_elements, 1)
     return count * (tensor.source.nbytes // total + 8 * (tensor.action is not Action.COPY))
+
+
+def default_jobs() -> int:
+    """Return how many threads fold: all cores but one, which reads, writes and hashes."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 class ByteBudget:

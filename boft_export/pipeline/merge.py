@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,24 @@ from typing import Any
 
 import torch
 
-from boft_export.checkpoint import DTYPE_OF_NAME, Staging, check_output, free_bytes
+from boft_export.checkpoint import Staging, free_bytes
 from boft_export.checkpoint.staging import file_system_errors
-from boft_export.errors import CheckFailedError, Level, Notice, ResourceError, UsageError, raise_for_errors
+from boft_export.errors import (
+    CheckFailedError,
+    DamagedFileError,
+    Level,
+    Notice,
+    ResourceError,
+    UsageError,
+    raise_for_errors,
+)
 from boft_export.pipeline.engine import Engine, Progress, RunResult, TensorResult, run_plan
 from boft_export.pipeline.layers import check_values
 from boft_export.pipeline.manifest import MANIFEST_NAME, dump, manifest
-from boft_export.pipeline.memory import plan_memory
 from boft_export.pipeline.model_card import model_card
+from boft_export.pipeline.prepare import prepare
 from boft_export.pipeline.torch_io import resolve_devices
-from boft_export.planning import Action, FoldPlan, make_plan
+from boft_export.planning import Action, FoldPlan
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.sizes import parse_size
 from boft_export.version import __version__
@@ -45,39 +52,6 @@ class MergeResult:
     tensors: tuple[TensorResult, ...]
     resumed: tuple[str, ...]
     manifest: dict[str, Any]
-
-
-def plan_merge(
-    base: Ref | None,
-    adapters: Ref | Sequence[Ref],
-    *,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    sources: Sources | None = None,
-) -> FoldPlan:
-    """Plan a merge from headers alone, without reading a weight or writing anything.
-
-    Args:
-        base: The base checkpoint: a local path or a Hub id; None for the one the adapter names.
-        adapters: One adapter or several, in the order in which they apply.
-        dtype: The output's dtype: ``float32``, ``float16``, ``bfloat16``; None keeps the base's.
-        max_shard_size: The largest file of the output, as ``5GB``; None keeps the base's files.
-        sources: Where inputs come from.
-
-    Returns:
-        The plan. Its ``notices`` hold every problem found.
-
-    Raises:
-        UsageError: If an argument can't be understood.
-        InputError: If an input is not what it should be.
-        AccessError: If an input can't be read or found.
-    """
-    refs = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    checkpoint, opened = (sources or Sources()).pair(base, refs)
-    if dtype is not None and dtype not in DTYPE_OF_NAME:
-        raise UsageError(f"dtype {dtype} is not one of {', '.join(DTYPE_OF_NAME)}.")
-    max_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
-    return make_plan(checkpoint, opened, dtype=DTYPE_OF_NAME[dtype] if dtype else None, max_shard_bytes=max_bytes)
 
 
 def merge(
@@ -120,23 +94,25 @@ def merge(
         AccessError: If the Hub or the file system fails.
         ResourceError: If memory or disk does not suffice.
     """
-    target = Path(output)
-    check_output(target, overwrite=overwrite)
     if compute_dtype not in COMPUTE_DTYPES:
         raise UsageError(f"compute dtype {compute_dtype} is not one of {', '.join(COMPUTE_DTYPES)}.")
     try:
         devices = resolve_devices(device)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    workers = jobs if jobs is not None else default_jobs()
-    if workers < 1:
-        raise UsageError(f"{workers} jobs can't do anything.", hint="Give --jobs 1 or more.")
-
-    plan = plan_merge(base, adapters, dtype=dtype, max_shard_size=max_shard_size, sources=sources)
-    _keep_off_inputs(target, plan)
-    raise_for_errors(plan.notices, "the adapter can't be merged into this base")
-    limit = parse_size(max_memory) if max_memory is not None else None
-    memory = plan_memory(plan, limit, workers, devices[0].type)
+    ready = prepare(
+        base,
+        adapters,
+        output,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        jobs=jobs,
+        overwrite=overwrite,
+        device_type=devices[0].type,
+        sources=sources,
+    )
+    plan, target = ready.plan, ready.output
     values = [n for a in plan.adapters for n in check_values(a)]
     plan = replace(plan, notices=(*values, *plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
@@ -148,12 +124,13 @@ def merge(
         "max_shard_size": parse_size(max_shard_size) if max_shard_size is not None else None,
         "torch": torch.__version__,
     }
-    fingerprint = plan.fingerprint({**settings, "version": __version__})
+    fingerprint = _fingerprint(plan, settings)
     staging = Staging(target, fingerprint, resume=resume, overwrite=overwrite)
     try:
         _check_disk(plan, staging)
-        engine = Engine(devices, COMPUTE_DTYPES[compute_dtype], workers, memory)
+        engine = Engine(devices, COMPUTE_DTYPES[compute_dtype], ready.jobs, ready.memory)
         run = run_plan(plan, staging, engine, progress)
+        _check_inputs(plan, fingerprint, settings)
         _check_effect(plan, run, values)
         record = manifest(plan, run, settings)
         _write_side_files(plan, staging, dump(record))
@@ -168,20 +145,14 @@ def merge(
     return MergeResult(target, plan, run.tensors, run.resumed, record)
 
 
-def default_jobs() -> int:
-    """Return how many threads fold: all cores but one, which reads, writes and hashes."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+def _fingerprint(plan: FoldPlan, settings: dict[str, Any]) -> str:
+    return plan.fingerprint({**settings, "version": __version__})
 
 
-def _keep_off_inputs(output: Path, plan: FoldPlan) -> None:
-    """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to."""
-    target = output.resolve()
-    for name, folder in (("base", plan.base.root), *(("adapter", a.root) for a in plan.adapters)):
-        root = folder.resolve()
-        if target == root or root.is_relative_to(target) or target.is_relative_to(root):
-            raise UsageError(
-                f"{output} would write into the {name}'s folder {folder}.", hint="Choose a folder apart from both."
-            )
+def _check_inputs(plan: FoldPlan, fingerprint: str, settings: dict[str, Any]) -> None:
+    """Fail where an input was written to during the run: what was read of it may be of two minds."""
+    if _fingerprint(plan, settings) != fingerprint:
+        raise DamagedFileError("an input file changed while it was read.", hint="Run again once nothing writes to it.")
 
 
 def _check_disk(plan: FoldPlan, staging: Staging) -> None:
@@ -190,7 +161,8 @@ def _check_disk(plan: FoldPlan, staging: Staging) -> None:
     free = free_bytes(staging.root)
     if needed > free:
         raise ResourceError(
-            f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.", hint="Free some space, or choose another -o."
+            f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
+            hint="Free some space, or choose another -o.",
         )
 
 

@@ -19,7 +19,8 @@ def model_card(plan: FoldPlan) -> str:
     from huggingface_hub import ModelCardData
 
     base_id = plan.base.repo_id or next(
-        (a.adapter.base_model for a in plan.adapters if a.adapter.base_model and _HUB_ID.match(a.adapter.base_model)), None
+        (a.adapter.base_model for a in plan.adapters if a.adapter.base_model and _HUB_ID.match(a.adapter.base_model)),
+        None,
     )
     metadata = _base_metadata(plan)
     metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), "boft", "merged-adapter"]))

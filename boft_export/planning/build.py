@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import PurePosixPath
 
-from boft_export.adapters import AdapterLayer, Replacement, ReplacementKind, View
+from boft_export.adapters import AdapterLayer, Replacement, ReplacementKind
 from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, Shard, TensorRef, index_json, keep_shards, split_shards
 from boft_export.checkpoint.layout import safetensors_name
 from boft_export.errors import Level, Notice
@@ -23,6 +24,7 @@ from boft_export.planning.config_edits import (
 )
 from boft_export.planning.model import Action, ConfigEdit, FoldPlan, Segment, SideFile, Step, TensorPlan
 from boft_export.planning.names import Rule, find_rules, fused_parent, near_matches, spellings
+from boft_export.planning.renames import names_in_memory
 from boft_export.planning.sourced import SourcedAdapter
 from boft_export.planning.tables import LABEL_WEIGHTS, SCALED_TIED_HEADS, TIED_HEADS
 
@@ -30,6 +32,7 @@ from boft_export.planning.tables import LABEL_WEIGHTS, SCALED_TIED_HEADS, TIED_H
 OWN_FILES = {"boft_export.json", "README.md"}
 
 _COMPARED = 1 << 20
+_PART_NUMBER = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass
@@ -80,11 +83,14 @@ class _Planner:
         self.adapters = tuple(adapters)
         self.dtype = dtype
         self.max_shard_bytes = max_shard_bytes
+        self.in_memory = names_in_memory(base.config, base.tensors)
         self.slots = {name: _Slot(ref, ref) for name, ref in base.tensors.items()}
         self.notices: list[Notice] = base.notices()
         self.edits: list[ConfigEdit] = []
         self.rules: list[list[Rule]] = []
-        self.output_prefix = ""
+        self.splits: dict[str, tuple[tuple[int, int], str]] = {}
+        self.stripped = ""
+        """The prefix that the base's names lack, as those of a bare encoder do."""
         self.resized = False
 
     def note(self, level: Level, code: str, subject: str, message: str, hint: str | None = None) -> None:
@@ -93,6 +99,7 @@ class _Planner:
     def plan(self) -> FoldPlan:
         for position, adapter in enumerate(self.adapters):
             self._add_adapter(position, adapter)
+        self._check_vocabularies()
         self._settle_ties()
         if self.dtype is not None:
             self.edits += set_dtype(self.base.config, FLOAT_DTYPES[self.dtype])
@@ -116,9 +123,9 @@ class _Planner:
         adapter = source.adapter
         self.notices += adapter.notices
         self._compare_base(source)
-        wanted = [layer.weight for layer in adapter.layers if not self._is_tied_head(layer.weight)]
-        wanted += [r.name for r in adapter.replacements if not r.may_add]
-        rules, ambiguities = find_rules(wanted, self.slots, lambda name: self._find(name, ()) is not None)
+        wanted = [layer.weight for layer in adapter.layers] + [r.name for r in adapter.replacements]
+        wanted = [name for name in wanted if self._tied_head(name) is None]
+        rules, ambiguities = find_rules(wanted, [*self.slots, *self.in_memory], lambda name: self._find(name, ()) is not None)
         self.rules.append(rules)
         for found in ambiguities:
             self.note(
@@ -130,14 +137,19 @@ class _Planner:
             )
         for rule in rules:
             self.note(Level.INFO, "rename", source.name, f"its names are found in the base as {rule}")
-        self._replace(position, source, rules)
-        taken: dict[tuple[str, tuple[int, int]], str] = {}
+        if len(rules) == 1 and not rules[0].new:
+            self.stripped = rules[0].old
+        self._replace(source, rules)
+        taken: dict[str, list[tuple[tuple[int, int], str]]] = {}
         for layer in adapter.layers:
             place = self._place(layer, rules)
             if place is None:
                 continue
-            other = taken.setdefault((place.name, place.rows), layer.module)
-            if other != layer.module:
+            start, stop = place.rows
+            before = taken.setdefault(place.name, [])
+            other = next((module for (a, b), module in before if a < stop and start < b), None)
+            before.append((place.rows, layer.module))
+            if other is not None:
                 self.note(Level.ERROR, "double-match", layer.module, f"and {other} both match {place.name} in the base")
                 continue
             self._rotate(position, layer, place)
@@ -155,13 +167,17 @@ class _Planner:
                 Level.WARNING,
                 "other-base",
                 source.name,
-                f"it was trained on {trained_on}, the base is {self.base.name}; the shapes alone can't tell whether they "
-                "are the same",
+                f"it was trained on {source.adapter.base_name}, the base is {self.base.name}; the shapes alone can't "
+                "tell whether they are the same",
+                "Merge into the base it was trained on.",
             )
         revision = source.adapter.base_revision
         if revision and self.base.revision and not self.base.revision.startswith(revision) and len(revision) >= 7:
             self.note(
-                Level.WARNING, "other-base", source.name, f"it was trained on revision {revision}, not {self.base.revision}"
+                Level.WARNING,
+                "other-base",
+                source.name,
+                f"it was trained on revision {revision}, not {self.base.revision}",
             )
 
     def _find(self, name: str, rules: Iterable[Rule]) -> str | None:
@@ -169,6 +185,8 @@ class _Planner:
         for spelling in spellings(name, rules):
             if spelling in self.slots:
                 return spelling
+            if spelling in self.in_memory:
+                return self.in_memory[spelling]
             for fused, _, _ in fused_parent(spelling):
                 if fused in self.slots:
                     return fused
@@ -184,31 +202,45 @@ class _Planner:
                 "no-match",
                 layer.module,
                 "no tensor of the base has this name" + (f"; near matches: {', '.join(near)}" if near else ""),
-                "Is this the base the adapter was trained on? boft-export inspect lists the names of both.",
+                "The base is quantised: merge into the full-precision base, then quantise the result."
+                if "quantization_config" in self.base.config
+                else "Is this the base the adapter was trained on? boft-export inspect lists the names of both.",
             )
             return None
         tensor = self.slots[found].source
         rows = (0, tensor.shape[0] if tensor.shape else 0)
         for spelling in spellings(layer.weight, rules):
-            if spelling == found:
+            if found in (spelling, self.in_memory.get(spelling)):
                 break
             for fused, parts, part in fused_parent(spelling):
                 if fused == found:
                     return self._fused_place(layer, tensor, parts, part)
         return _Place(found, rows) if self._fits(layer, tensor, rows[1]) else None
 
-    def _fused_place(
-        self, layer: AdapterLayer, tensor: TensorRef, parts: tuple[str, ...], part: int
-    ) -> _Place | None:
+    def _fused_place(self, layer: AdapterLayer, tensor: TensorRef, parts: tuple[str, ...], part: int) -> _Place | None:
         """Find the rows of one part in a fused weight: the first may differ in size, the others share one."""
         own, total = layer.num_outputs or 0, tensor.shape[0]
         others = len(parts) - 1
         first = own if part == 0 else total - others * own
         rest = (total - first) // others if others else 0
         start = 0 if part == 0 else first + (part - 1) * rest
-        if first <= 0 or first + others * rest != total or (part and rest != own):
+        # Queries come in whole groups, each with its keys and values; gate and up are of one size.
+        even = rest > 0 and first > 0 and first + others * rest == total and first % rest == 0
+        if not even or (others == 1 and first != rest):
             self.note(
-                Level.ERROR, "layer-shape", layer.module, f"has {own} outputs, which don't divide {tensor.name}'s {total} rows"
+                Level.ERROR,
+                "layer-shape",
+                layer.module,
+                f"has {own} outputs, which don't divide {tensor.name}'s {total} rows",
+            )
+            return None
+        split, module = self.splits.setdefault(tensor.name, ((first, rest), layer.module))
+        if split != (first, rest):
+            self.note(
+                Level.ERROR,
+                "layer-shape",
+                layer.module,
+                f"has {own} outputs, with which {tensor.name}'s {total} rows divide otherwise than with {module}",
             )
             return None
         if not self._fits(layer, tensor, own):
@@ -253,7 +285,9 @@ class _Planner:
                 "Is this the base the adapter was trained on?",
             )
         if layer.num_outputs is not None and layer.num_outputs != rows:
-            return problem("layer-shape", f"scales {layer.num_outputs} outputs, {tensor.name} has {rows} (shape {shape})")
+            return problem(
+                "layer-shape", f"scales {layer.num_outputs} outputs, {tensor.name} has {rows} (shape {shape})"
+            )
         if len(shape) == 4 and shape[2:] != [1, 1]:
             self.note(
                 Level.INFO,
@@ -273,12 +307,12 @@ class _Planner:
 
     # Replacing
 
-    def _replace(self, position: int, source: SourcedAdapter, rules: Sequence[Rule]) -> None:
+    def _replace(self, source: SourcedAdapter, rules: Sequence[Rule]) -> None:
         for item in source.adapter.replacements:
             ref = source.refs[item.key]
             found = self._find_replaced(item, rules)
             if found is None:
-                self._add(source, item, ref, rules)
+                self._add(source, item, ref)
                 continue
             slot = self.slots[found]
             if slot.steps:
@@ -291,7 +325,9 @@ class _Planner:
                 )
                 continue
             if slot.source is not slot.base:
-                self.note(Level.WARNING, "replaced-twice", item.name, f"{source.name} replaces it again; the last one counts")
+                self.note(
+                    Level.WARNING, "replaced-twice", item.name, f"{source.name} replaces it again; the last one counts"
+                )
             if self._check_shape(item, slot.source, ref):
                 slot.source = ref
                 if ref.shape != (slot.base.shape if slot.base else ref.shape):
@@ -299,18 +335,31 @@ class _Planner:
                 self._set_labels(item.name, ref)
 
     def _find_replaced(self, item: Replacement, rules: Sequence[Rule]) -> str | None:
-        return next((s for s in spellings(item.name, rules) if s in self.slots), None)
+        tied = self._tied_head(item.name)
+        names = [*spellings(item.name, rules), *(tied[:1] if tied else ())]
+        names = [self.in_memory.get(n, n) if n not in self.slots else n for n in names]
+        return next((n for n in names if n in self.slots), None)
 
     def _check_shape(self, item: Replacement, old: TensorRef, new: TensorRef) -> bool:
         if old.dtype != new.dtype and not {old.dtype, new.dtype} <= set(FLOAT_DTYPES):
-            self.note(Level.ERROR, "replacement-dtype", item.name, f"the adapter's is {new.dtype}, the base's {old.dtype}")
+            self.note(
+                Level.ERROR, "replacement-dtype", item.name, f"the adapter's is {new.dtype}, the base's {old.dtype}"
+            )
             return False
         if old.shape == new.shape:
             return True
-        rows_only = old.shape[1:] == new.shape[1:]
-        if item.may_add or (item.kind is not ReplacementKind.BIAS and rows_only and _is_vocabulary(item.name)):
+        rows_only = 0 < len(old.shape) == len(new.shape) and old.shape[1:] == new.shape[1:]
+        weight = f"{item.name.removesuffix('bias')}weight" if item.kind is ReplacementKind.BIAS else item.name
+        if rows_only and (_is_vocabulary(weight) or (item.may_add and _has_labels(weight))):
             return True
-        if item.kind is ReplacementKind.BIAS and rows_only and _is_vocabulary(item.name.removesuffix("bias") + "weight"):
+        if rows_only and item.may_add:
+            self.note(
+                Level.WARNING,
+                "resized-module",
+                item.name,
+                f"the adapter's has {new.shape[0]} rows, the base's {old.shape[0]}; config.json may have to say so",
+                "Check that the output loads, and edit its config by hand where it does not.",
+            )
             return True
         self.note(
             Level.ERROR,
@@ -338,17 +387,16 @@ class _Planner:
                 "Put the tokenizer it was trained with beside it.",
             )
 
-    def _add(self, source: SourcedAdapter, item: Replacement, ref: TensorRef, rules: Sequence[Rule]) -> None:
-        tied = self._tied_embedding(item.name)
-        if item.may_add or tied:
+    def _add(self, source: SourcedAdapter, item: Replacement, ref: TensorRef) -> None:
+        tied = self._tied_head(item.name)
+        if tied is not None:
+            head, embedding = tied
+            if self._check_shape(item, self.base.tensors[embedding], ref):
+                self.slots[head] = _Slot(None, ref)
+            return
+        if item.may_add:
             self.slots[item.name] = _Slot(None, ref)
-            if tied:
-                return
             self.note(Level.INFO, "added", item.name, "the base lacks it; it is added")
-            strips = [r for r in rules if r.old and not r.new]
-            if strips:
-                # Loaders give a bare encoder's names the head model's prefix only where no other names are there.
-                self.output_prefix = strips[0].old
             self._set_labels(item.name, ref)
             edits = set_architecture(self.base.config, source.adapter.model_class, source.adapter.task)
             if edits is None:
@@ -372,29 +420,57 @@ class _Planner:
         )
 
     def _set_labels(self, name: str, ref: TensorRef) -> None:
-        if name.endswith(LABEL_WEIGHTS) and len(ref.shape) == 2:
+        if _has_labels(name) and len(ref.shape) == 2:
             self.edits += set_labels(self.base.config, ref.shape[0])
 
     # Ties
 
-    def _tied_embedding(self, head: str) -> str | None:
-        """Return the embedding that stands in for a head the files don't have."""
-        if head in self.base.tensors or _tied_setting(self.base) is False:
+    def _tied_head(self, name: str) -> tuple[str, str] | None:
+        """Return a head that the files leave to an embedding, by the name it would have in them, and the embedding."""
+        tensors = self.base.tensors
+        if name in tensors or _tied_setting(self.base) is False:
             return None
-        patterns = [e for e, h, _ in TIED_HEADS if head == h or head.endswith("." + h)]
-        return next((n for p in patterns for n in self.base.tensors if fnmatchcase(n, p)), None)
+        for pattern, head, _ in TIED_HEADS:
+            on_disk = head if f".{head}".endswith(f".{name}") else name
+            if f".{on_disk}".endswith(f".{head}") and on_disk not in tensors:
+                for embedding in self._embeddings(pattern):
+                    return on_disk, embedding
+        return None
 
-    def _is_tied_head(self, weight: str) -> bool:
-        return weight not in self.slots and self._tied_embedding(weight) is not None
+    def _embeddings(self, pattern: str) -> list[str]:
+        return [n for n in self.base.tensors if fnmatchcase(n, pattern) or fnmatchcase(self.stripped + n, pattern)]
 
     def _untie_target(self, layer: AdapterLayer) -> str | None:
         """Give a tied head that is rotated a tensor of its own; return its name."""
-        embedding = self._tied_embedding(layer.weight)
-        if embedding is None:
+        tied = self._tied_head(layer.weight)
+        if tied is None:
             return None
+        head, embedding = tied
         # The head is the embedding as it was: what an adapter puts in the embedding's place is not in the head.
-        self.slots[layer.weight] = _Slot(None, self.base.tensors[embedding])
-        return layer.weight
+        self.slots.setdefault(head, _Slot(None, self.base.tensors[embedding]))
+        return head
+
+    def _head_of(self, head: str) -> str | None:
+        """Return the output's tensor that is ``head``, which may lie in a wrapper."""
+        return next((n for n in self.slots if n == head or n.endswith("." + head)), None)
+
+    def _check_vocabularies(self) -> None:
+        """Refuse an output whose head has other rows than its embedding, where the base's have the same."""
+        for pattern, head, _ in TIED_HEADS:
+            for embedding in self._embeddings(pattern):
+                found = self._head_of(head)
+                if found is None:
+                    continue
+                one, other = self.slots[embedding], self.slots[found]
+                rows, head_rows = one.source.shape[0], other.source.shape[0]
+                if rows != head_rows and (other.base is None or other.base.shape == self.base.tensors[embedding].shape):
+                    self.note(
+                        Level.ERROR,
+                        "vocabulary",
+                        found,
+                        f"has {head_rows} rows with the adapter, {embedding} has {rows}: only one was saved resized",
+                        "Save the adapter again with save_embedding_layers=True.",
+                    )
 
     def _settle_ties(self) -> None:
         """Where only one side of a tie changed, or both did differently, write both and untie them in the config."""
@@ -402,9 +478,8 @@ class _Planner:
             return
         architectures = [str(a) for a in self.base.config.get("architectures") or ()]
         for pattern, head, classes in TIED_HEADS:
-            for embedding in [n for n in self.base.tensors if fnmatchcase(n, pattern)]:
-                # The embedding's own wrapper is the head's, too: text_decoder.shared with text_decoder.lm_head.
-                found = next((n for n in self.slots if n == head or n.endswith("." + head)), None)
+            for embedding in self._embeddings(pattern):
+                found = self._head_of(head)
                 one = self.slots[embedding]
                 if found is None:
                     alone = one.changed and one.base is not None and one.source.shape == one.base.shape
@@ -432,28 +507,33 @@ class _Planner:
             )
             return
         self.note(
-            Level.INFO, "tied-weights", head, f"no longer equals {embedding}: both are written, and the config unties them"
+            Level.INFO,
+            "tied-weights",
+            head,
+            f"no longer equals {embedding}: both are written, and the config unties them",
         )
         self.edits += untie(self.base.config)
 
     # Output
 
     def _shards(self) -> list[Shard[TensorPlan]]:
-        added = [n for n in self.slots if n not in self.base.tensors]
+        added = [self._tensor(n) for n in self.slots if n not in self.base.tensors]
+        # Loaders give a bare encoder's names the head model's prefix only where no other names are there.
+        prefix = self.stripped if added else ""
         files = []
         for file in self.base.files:
-            names = [t.name for t in file.tensors]
+            tensors = [self._tensor(t.name, prefix) for t in file.tensors]
             if file is self.base.files[-1]:
-                names += added
-            files.append((file.name, [self._tensor(n) for n in names], file.metadata))
+                tensors += added
+            files.append((file.name, tensors, file.metadata))
         if self.max_shard_bytes is None:
             return keep_shards(files)
-        stem = PurePosixPath(safetensors_name(files[0][0]))
-        name = str(stem.with_name(stem.stem.split("-0")[0]))
+        first = PurePosixPath(safetensors_name(files[0][0]))
+        stem = _stem_of_parts(first) if len(files) > 1 else first.with_name(_PART_NUMBER.sub("", first.stem))
         tensors = [t for _, group, _ in files for t in group]
-        return split_shards(tensors, self.max_shard_bytes, name, files[0][2])
+        return split_shards(tensors, self.max_shard_bytes, str(stem), files[0][2])
 
-    def _tensor(self, name: str) -> TensorPlan:
+    def _tensor(self, name: str, prefix: str = "") -> TensorPlan:
         slot = self.slots[name]
         source = slot.source
         kept = slot.base.dtype if slot.base is not None else self._dtype_for_added(source)
@@ -470,14 +550,13 @@ class _Planner:
         cuts = sorted({0, source.num_elements, *(r * width for start, stop, _ in slot.steps for r in (start, stop))})
         segments = tuple(
             Segment(a, b, tuple(s for start, stop, s in slot.steps if start * width <= a and b <= stop * width))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in pairwise(cuts)
         )
-        prefix = self.output_prefix if slot.base is not None else ""
         return TensorPlan(prefix + name, dtype, source.shape, action, source, slot.base, segments)
 
     def _dtype_for_added(self, source: TensorRef) -> str:
-        """Return the dtype of the base's weights: what is added is to fit in with them."""
-        if source.dtype not in FLOAT_DTYPES:
+        """Return the dtype of the base's weights, with which what is added is to fit in; the base's own keep theirs."""
+        if source.dtype not in FLOAT_DTYPES or source is self.base.tensors.get(source.name):
             return source.dtype
         sizes: dict[str, int] = {}
         for tensor in self.base.tensors.values():
@@ -497,9 +576,9 @@ class _Planner:
             config = base.folder / "config.json"
             changed = apply_edits(base.config, self.edits) if self.edits else None
             files[config] = SideFile(config, text=changed) if changed else SideFile(config, source=base.root / config)
-        if len(shards) > 1:
-            stem = PurePosixPath(shards[0].name)
-            index = stem.with_name(stem.stem.split("-0")[0] + ".safetensors.index.json")
+        first = PurePosixPath(shards[0].name)
+        if len(shards) > 1 or _PART_NUMBER.search(first.stem):
+            index = _stem_of_parts(first).with_suffix(".safetensors.index.json")
             files[index] = SideFile(index, text=index_json(shards, base.index_metadata))
         return list(files.values())
 
@@ -510,6 +589,17 @@ def _is_vocabulary(name: str) -> bool:
         fnmatchcase(name, embedding) or fnmatchcase(name, f"*.{embedding}") or name == head or name.endswith("." + head)
         for embedding, head, _ in TIED_HEADS
     )
+
+
+def _has_labels(name: str) -> bool:
+    """Tell whether a weight has a row for each label."""
+    return f".{name}".endswith(tuple(f".{label}" for label in LABEL_WEIGHTS))
+
+
+def _stem_of_parts(file: PurePosixPath) -> PurePosixPath:
+    """Return the name, less its suffix, under which loaders look for a checkpoint that ``file`` is a part of."""
+    stem = "diffusion_pytorch_model"
+    return file.with_name(stem if file.name.startswith(stem) else "model")
 
 
 def _same(one: _Slot, other: _Slot) -> bool:

@@ -25,7 +25,9 @@ def apply_edits(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> str:
     return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
-def nested(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+def nested(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """Yield the config and every config nested in it, with their paths."""
     yield path, config
     for key, value in config.items():
@@ -38,7 +40,7 @@ def untie(config: Mapping[str, Any]) -> list[ConfigEdit]:
     reason = "head and embedding differ after the merge"
     key = "tie_word_embeddings"
     return [
-        ConfigEdit((*path, key), False, reason)
+        ConfigEdit((*path, key), value=False, reason=reason)
         for path, part in nested(config)
         if part.get(key) is not False and (not path or key in part or path[-1] in {"text_config", "llm_config"})
     ]
@@ -50,7 +52,7 @@ def resize_vocabulary(config: Mapping[str, Any], rows: int, old_rows: int) -> li
     return [
         ConfigEdit((*path, "vocab_size"), rows, reason)
         for path, part in nested(config)
-        if "vocab_size" in part and part["vocab_size"] != rows
+        if part.get("vocab_size") == old_rows
     ]
 
 
@@ -76,15 +78,21 @@ def set_labels(config: Mapping[str, Any], count: int) -> list[ConfigEdit]:
     ]
 
 
+def class_stem(name: str) -> str | None:
+    """Return what a class name begins with: ``Bert`` for ``BertForMaskedLM``; None for a name of another form."""
+    match = _STEM.match(name)
+    return match["stem"] if match else None
+
+
 def set_architecture(config: Mapping[str, Any], model_class: str | None, task: str | None) -> list[ConfigEdit] | None:
     """Name the class that was trained; None where it can't be told."""
     now = list(config.get("architectures") or [])
     if model_class is None:
         suffix = CLASS_SUFFIX_OF_TASK.get(task or "")
-        match = _STEM.match(now[0]) if now else None
-        if suffix is None or match is None:
+        stem = class_stem(str(now[0])) if now else None
+        if suffix is None or stem is None:
             return None
-        model_class = match["stem"] + suffix
+        model_class = stem + suffix
     if now == [model_class]:
         return []
     return [ConfigEdit(("architectures",), [model_class], "the class that the adapter was trained on")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from boft_export.adapters import ReadOptions
 from boft_export.checkpoint import Checkpoint, locate, open_checkpoint, wanted_weights
@@ -30,7 +30,7 @@ class Sources:
     adapter_revision: str | None = None
     subfolder: str | None = None
     offline: bool = False
-    options: ReadOptions = ReadOptions()
+    options: ReadOptions = field(default_factory=ReadOptions)
 
     def adapter(self, ref: Ref) -> SourcedAdapter:
         """Open an adapter.

@@ -92,7 +92,9 @@ def _find(folder: Path, notices: list[Notice]) -> Path:
         notices.append(Notice(Level.INFO, "nested-adapter", folder.name, f"its only adapter is taken: {others[0]}"))
         return _find(folder / others[0], notices)
     if others:
-        raise InputError(f"{folder} holds several adapters: {', '.join(others)}.", hint=f"Name one: {folder / others[0]}")
+        raise InputError(
+            f"{folder} holds several adapters: {', '.join(others)}.", hint=f"Name one: {folder / others[0]}"
+        )
     if any(folder.glob("*.safetensors")) and not (folder / _CONFIG).is_file():
         raise InputError(f"{folder} is not an adapter: it has no adapter_model file.", hint="Is it a full checkpoint?")
     raise InputError(f"{folder} holds no adapter: expected {' or '.join(_WEIGHTS)}.")

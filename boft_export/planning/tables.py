@@ -59,7 +59,7 @@ CLASS_SUFFIX_OF_TASK = {
 }
 
 # The last weight of a classification head: its rows are the labels.
-LABEL_WEIGHTS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "classifier.dense.weight")
+LABEL_WEIGHTS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "classifier.1.weight")
 
 # Files that an adapter saved with a larger vocabulary brings along.
 TOKENIZER_FILES = {

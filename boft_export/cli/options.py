@@ -1,0 +1,102 @@
+"""Options that several commands share: the same name and meaning everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_INPUTS = "Where inputs come from"
+_RUN = "How it runs"
+_SHOWN = "What is shown"
+
+
+class OutputDtype(StrEnum):
+    """The dtype of the output."""
+
+    KEEP = "keep"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class ComputeDtype(StrEnum):
+    """The dtype of the arithmetic."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+
+
+class ConvView(StrEnum):
+    """The meaning of a PEFT BOFT Conv2d adapter."""
+
+    AUTO = "auto"
+    INPUT = "input"
+    RESHAPED = "reshaped"
+
+
+Base = Annotated[
+    str,
+    typer.Argument(
+        help="Base checkpoint: a folder, a file or a Hub id; '-' for the one the adapter names.", metavar="BASE"
+    ),
+]
+Adapter = Annotated[str, typer.Argument(help="Adapter: a folder, a file or a Hub id.", metavar="ADAPTER")]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(help="Adapters: folders, files or Hub ids; applied in the order given.", metavar="ADAPTER"),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it appears only when it is complete.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or cuda:all.", metavar="DEVICE", rich_help_panel=_RUN)
+]
+Compute = Annotated[ComputeDtype, typer.Option("--compute-dtype", help="Dtype to compute in.", rich_help_panel=_RUN)]
+Dtype = Annotated[OutputDtype, typer.Option("--dtype", help="Dtype of the output's weights.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Largest file, as 5GB (default: the base's own files).", metavar="SIZE")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory the whole process may take, as 700MiB.", metavar="SIZE", rich_help_panel=_RUN),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", help="Threads that fold (default: cores less one).", rich_help_panel=_RUN),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.", rich_help_panel=_RUN)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Plan and check only; write nothing.")]
+Revision = Annotated[
+    str | None, typer.Option(help="The base's branch, tag or commit on the Hub.", rich_help_panel=_INPUTS)
+]
+AdapterRevision = Annotated[
+    str | None, typer.Option(help="The adapters' branch, tag or commit on the Hub.", rich_help_panel=_INPUTS)
+]
+Subfolder = Annotated[
+    str | None, typer.Option(help="The base's folder inside its repository or root.", rich_help_panel=_INPUTS)
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use only local files and the Hub's cache.", rich_help_panel=_INPUTS)
+]
+ConvMeaning = Annotated[
+    ConvView,
+    typer.Option(
+        "--conv-view",
+        help="Meaning of Conv2d adapters: input (PEFT 0.14 and later) or reshaped (up to 0.13).",
+        rich_help_panel=_INPUTS,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_SHOWN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_SHOWN)]
+Verbose = Annotated[
+    int,
+    typer.Option("--verbose", "-v", count=True, help="Say more; -vv with tracebacks.", rich_help_panel=_SHOWN),
+]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.", rich_help_panel=_SHOWN)]
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: lines that can be pasted."""
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,145 @@
+"""The one place that prints: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from boft_export.errors import BoftExportError, Level, Notice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLE = {Level.INFO: "dim", Level.WARNING: "yellow", Level.ERROR: "bold red"}
+
+
+@dataclass
+class Output:
+    """How a command shows its results.
+
+    Attributes:
+        as_json: Print one JSON document instead of text.
+        quiet: Print errors only.
+        verbose: 1 for everything noted, 2 for tracebacks too.
+        no_progress: Show no progress bar.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+    no_progress: bool = False
+
+    @property
+    def _err(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @property
+    def _out(self) -> Console:
+        from rich.console import Console
+
+        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def document(self, document: Mapping[str, Any]) -> None:
+        """Print a JSON document, if that is what was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """Print a line of the result."""
+        if self._plain:
+            self._out.print(text, style=style, markup=False)
+
+    def table(self, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; a column is its head and ``left`` or ``right``."""
+        if not self._plain or not rows:
+            return
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for head, side in columns:
+            table.add_column(head, justify="right" if side == "right" else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        out = self._out
+        if not out.is_terminal:
+            # Nobody's window bounds a file or a pipe.
+            out.width = 240
+        out.print(table)
+
+    def notices(self, notices: Sequence[Notice]) -> None:
+        """Print what was noted: warnings always, the rest when asked for more."""
+        shown = Level.INFO if self.verbose else Level.WARNING
+        order = list(Level)
+        for notice in notices:
+            if order.index(notice.level) >= order.index(shown) and not (self.quiet and notice.level is not Level.ERROR):
+                self._err.print(f"{notice.level.value}: {notice}", style=_STYLE[notice.level], markup=False)
+                if notice.hint and self.verbose:
+                    self._err.print(f"  {notice.hint}", markup=False)
+
+    def error(self, error: BoftExportError) -> None:
+        """Print a failure: what was expected, what was found, one next step."""
+        from boft_export.report.merge_report import error_document
+
+        self.document(error_document(error))
+        self._err.print(f"error: {error.message}", style="bold red", markup=False)
+        if error.hint:
+            self._err.print(f"  {error.hint}", markup=False)
+        self.trace()
+
+    def interrupted(self) -> None:
+        """Say that the user stopped the run."""
+        self._err.print("interrupted; nothing was published. Go on with --resume.", style="yellow", markup=False)
+        self.trace()
+
+    def bug(self, error: BaseException) -> None:
+        """Print a failure of ours."""
+        text = f"internal error: {type(error).__name__}: {error}"
+        self.document(
+            {"schema_version": 1, "error": {"type": type(error).__name__, "exit_code": 70, "message": str(error)}}
+        )
+        self._err.print(text, style="bold red", markup=False)
+        self._err.print("  This is a bug. Please report it with the output of -vv.", markup=False)
+        self.trace()
+
+    def trace(self) -> None:
+        """Print the traceback, if asked for."""
+        if self.verbose > 1:
+            traceback.print_exc(file=sys.stderr)
+
+    @contextlib.contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int, str], None] | None]:
+        """Show a bar with bytes done, rate and time left, on a terminal only; yield the callback that moves it."""
+        if self.no_progress or self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total, _name: bar.update(task, completed=done, total=total)
+
+    @property
+    def _plain(self) -> bool:
+        return not (self.as_json or self.quiet)

@@ -1,0 +1,109 @@
+"""All that is checked before a weight is read: what a dry run does, and what a merge begins with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from boft_export.checkpoint import DTYPE_OF_NAME, check_output
+from boft_export.errors import UsageError, raise_for_errors
+from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
+from boft_export.planning import FoldPlan, make_plan
+from boft_export.planning.inputs import Ref, Sources
+from boft_export.planning.sizes import parse_size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that can begin.
+
+    Attributes:
+        plan: What will be done.
+        output: Where.
+        memory: How memory is divided.
+        jobs: Threads that fold.
+    """
+
+    plan: FoldPlan
+    output: Path
+    memory: MemoryPlan
+    jobs: int
+
+
+def plan_merge(
+    base: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    sources: Sources | None = None,
+) -> FoldPlan:
+    """Plan a merge from headers alone, without reading a weight or writing anything.
+
+    Args:
+        base: The base checkpoint: a local path or a Hub id; None for the one the adapter names.
+        adapters: One adapter or several, in the order in which they apply.
+        dtype: The output's dtype: ``float32``, ``float16``, ``bfloat16``; None keeps the base's.
+        max_shard_size: The largest file of the output, as ``5GB``; None keeps the base's files.
+        sources: Where inputs come from.
+
+    Returns:
+        The plan. Its ``notices`` hold every problem found.
+
+    Raises:
+        UsageError: If an argument can't be understood.
+        InputError: If an input is not what it should be.
+        AccessError: If an input can't be read or found.
+    """
+    refs = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    checkpoint, opened = (sources or Sources()).pair(base, refs)
+    if dtype is not None and dtype not in DTYPE_OF_NAME:
+        raise UsageError(f"dtype {dtype} is not one of {', '.join(DTYPE_OF_NAME)}.")
+    max_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
+    return make_plan(checkpoint, opened, dtype=DTYPE_OF_NAME[dtype] if dtype else None, max_shard_bytes=max_bytes)
+
+
+def prepare(
+    base: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    max_memory: str | int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    device_type: str = "cpu",
+    sources: Sources | None = None,
+) -> Prepared:
+    """Check all that headers and options can show; the arguments are those of ``merge``.
+
+    Raises:
+        UsageError: If an argument can't be understood, or ``output`` may not be written.
+        InputError: If inputs don't fit together or are damaged.
+        AccessError: If the Hub or the file system fails.
+        ResourceError: If memory does not suffice.
+    """
+    target = Path(output)
+    check_output(target, overwrite=overwrite)
+    workers = jobs if jobs is not None else default_jobs()
+    if workers < 1:
+        raise UsageError(f"{workers} jobs can't do anything.", hint="Give --jobs 1 or more.")
+    limit = parse_size(max_memory) if max_memory is not None else None
+    plan = plan_merge(base, adapters, dtype=dtype, max_shard_size=max_shard_size, sources=sources)
+    _keep_off_inputs(target, plan)
+    raise_for_errors(plan.notices, "the adapter can't be merged into this base")
+    return Prepared(plan, target, plan_memory(plan, limit, workers, device_type), workers)
+
+
+def _keep_off_inputs(output: Path, plan: FoldPlan) -> None:
+    """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to."""
+    target = output.resolve()
+    for name, folder in (("base", plan.base.root), *(("adapter", a.root) for a in plan.adapters)):
+        root = folder.resolve()
+        if target == root or root.is_relative_to(target) or target.is_relative_to(root):
+            raise UsageError(
+                f"{output} would write into the {name}'s folder {folder}.", hint="Choose a folder apart from both."
+            )

@@ -1,0 +1,1 @@
+"""Results as documents: the one source of tables, JSON and pages."""

@@ -1,0 +1,124 @@
+"""A merge as one document: what ``--json`` prints, and what the table is made from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from boft_export.errors import BoftExportError, Notice
+from boft_export.linalg.planner import plan_stages
+from boft_export.planning import Action, FoldPlan, TensorPlan
+from boft_export.planning.inspection import group_name
+
+SCHEMA_VERSION = 1
+
+
+def plan_document(plan: FoldPlan, memory: int, free_disk: int) -> dict[str, Any]:
+    """Return what ``--dry-run`` tells: bytes, disk and memory needed, and how each layer will be folded."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dry_run": True,
+        **_head(plan),
+        "bytes_to_read": plan.bytes_to_read,
+        "bytes_to_write": plan.bytes_to_write,
+        "disk_free": free_disk,
+        "memory": memory,
+        "tensors": {t.name: _tensor(t) for t in plan.tensors if t.action is not Action.COPY},
+        "notices": notice_list(plan.notices),
+    }
+
+
+def result_document(
+    plan: FoldPlan, output: str, manifest: Mapping[str, Any], resumed: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """Return what a finished merge tells."""
+    tensors = {
+        t.name: {**_tensor(t), **manifest["tensors"][t.name]} for t in plan.tensors if t.action is not Action.COPY
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dry_run": False,
+        "output": output,
+        **_head(plan),
+        "bytes_written": plan.bytes_to_write,
+        "seconds": seconds,
+        "resumed_files": list(resumed),
+        "files": manifest["files"],
+        "tensors": tensors,
+        "notices": notice_list(plan.notices),
+    }
+
+
+def error_document(error: BoftExportError) -> dict[str, Any]:
+    """Return a failure as a document, with all problems that were found."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "error": {
+            "type": type(error).__name__,
+            "exit_code": error.exit_code,
+            "message": error.message,
+            "hint": error.hint,
+        },
+        "notices": notice_list(error.notices),
+    }
+
+
+def notice_list(notices: Iterable[Notice]) -> list[dict[str, Any]]:
+    """Return notices as JSON objects."""
+    return [
+        {"level": n.level.value, "code": n.code, "subject": n.subject, "message": n.message, "hint": n.hint}
+        for n in notices
+    ]
+
+
+def folded_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each kind of tensor that is not copied: layers that differ only in number together."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for name, tensor in document["tensors"].items():
+        key = (group_name(name), tensor["action"], tuple(tensor["shape"]), tuple(tensor.get("fold", ())))
+        groups[key].append(tensor)
+    return [
+        {
+            "name": name,
+            "count": len(members),
+            "action": action,
+            "shape": list(shape),
+            "fold": ", then ".join(fold),
+            **{
+                key: _range([m[key] for m in members if m.get(key) is not None])
+                for key in ("relative_change", "rounding_loss", "orthogonality_residual")
+            },
+        }
+        for (name, action, shape, fold), members in groups.items()
+    ]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float] | None:
+    return (min(values), max(values)) if values else None
+
+
+def _head(plan: FoldPlan) -> dict[str, Any]:
+    expected = sum(len(a.adapter.layers) for a in plan.adapters)
+    return {
+        "base": plan.base.name,
+        "adapters": [a.name for a in plan.adapters],
+        "layers": {"applied": sum(len(t.steps) for t in plan.tensors), "expected": expected},
+        "counts": {action.value: plan.count(action) for action in Action if plan.count(action)},
+        "renames": [list(r) for r in plan.renames],
+        "config_edits": [{"path": list(e.path), "value": e.value, "reason": e.reason} for e in plan.edits],
+        "shards": [s.name for s in plan.shards],
+    }
+
+
+def _tensor(tensor: TensorPlan) -> dict[str, Any]:
+    record: dict[str, Any] = {"action": tensor.action.value, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.steps:
+        record["fold"] = [_fold(s.layer.num_factors, s.layer.block_size, s.layer.run_size) for s in tensor.steps]
+        record["rows"] = [[g.start, g.stop] for g in tensor.segments] if len(tensor.segments) > 1 else None
+    return record
+
+
+def _fold(num_factors: int, block_size: int, run_size: Callable[[int, int], int]) -> str:
+    stages = " + ".join(str(run_size(i, j)) for i, j in plan_stages(num_factors, run_size))
+    return f"m={num_factors} b={block_size}, stages of {stages}"

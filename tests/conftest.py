@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import boft_tensors, write_adapter, write_checkpoint
+
+MODULES = {"layers.0.up": (24, 32), "layers.0.down": (32, 24), "layers.1.up": (24, 32), "layers.1.down": (32, 24)}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small bfloat16 checkpoint in two files, with a side file."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{m}.weight": torch.randn(shape, generator=generator).bfloat16() for m, shape in MODULES.items()}
+    tensors |= {f"layers.{i}.norm.weight": torch.ones(32, dtype=torch.bfloat16) for i in range(2)}
+    folder = write_checkpoint(tmp_path / "base", tensors, {"model_type": "test"}, shards=2)
+    (folder / "tokenizer.json").write_bytes(b'{"a": 1}\r\n')
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter for all linear layers of ``base``."""
+    tensors = {}
+    for seed, (module, (out, n)) in enumerate(MODULES.items()):
+        tensors |= boft_tensors(module, n, out, m=2, b=4, seed=seed)
+    return write_adapter(tmp_path / "adapter", tensors)
