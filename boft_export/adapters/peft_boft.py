@@ -69,6 +69,7 @@ class PeftBoft:
             if (layer := _layer(module, keys, tensors, views, ambiguous, notices)) is not None
         ]
         notices += _compare_with_config(layers, config)
+        notices += _narrow(layers, tensors)
         replacements = _replacements(others, set(parts), leaked, tensors, dropped, notices)
         saved = set(config.get("modules_to_save") or ())
         replacements = [replace(r, may_add=_names_module(r.name, saved)) for r in replacements]
@@ -181,6 +182,18 @@ def _layer(
         views=views,
         ambiguous_view=ambiguous,
     )
+
+
+def _narrow(layers: Sequence[AdapterLayer], tensors: Mapping[str, TensorInfo]) -> list[Notice]:
+    """Warn of blocks that were saved in half precision: small rotations lose much of themselves in it."""
+    narrow = [layer for layer in layers if tensors[layer.blocks].dtype in {"BF16", "F16"}]
+    if not narrow:
+        return []
+    message = (
+        f"the rotations of {len(narrow)} of {len(layers)} layers are stored as {tensors[narrow[0].blocks].dtype}: what that "
+        "rounding took from them is lost"
+    )
+    return [Notice(Level.WARNING, "narrow-adapter", "adapter", message, "Save adapters in float32.")]
 
 
 def _compare_with_config(layers: Sequence[AdapterLayer], config: Mapping[str, Any]) -> list[Notice]:

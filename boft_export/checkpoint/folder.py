@@ -80,7 +80,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """How people call it: the repository's id or the folder's name."""
-        return self.repo_id or self.root.resolve().name
+        return self.repo_id or self.root.name or self.root.resolve().name
 
     def notices(self) -> list[Notice]:
         """Return what a user should know about the folder itself."""

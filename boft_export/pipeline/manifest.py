@@ -26,7 +26,7 @@ def manifest(plan: FoldPlan, run: RunResult, settings: Mapping[str, Any]) -> dic
             "name": a.name,
             "revision": a.revision,
             "format": a.adapter.format,
-            "base_model": a.adapter.base_model,
+            "base_model": a.adapter.base_name,
             "sha256": hashes(f"adapter-{i}/"),
             "renames": list(plan.renames[i]),
             "dropped": dict(a.adapter.dropped),

@@ -125,7 +125,9 @@ class _Planner:
         self._compare_base(source)
         wanted = [layer.weight for layer in adapter.layers] + [r.name for r in adapter.replacements]
         wanted = [name for name in wanted if self._tied_head(name) is None]
-        rules, ambiguities = find_rules(wanted, [*self.slots, *self.in_memory], lambda name: self._find(name, ()) is not None)
+        rules, ambiguities = find_rules(
+            wanted, [*self.slots, *self.in_memory], lambda name: self._find(name, ()) is not None
+        )
         self.rules.append(rules)
         for found in ambiguities:
             self.note(
@@ -158,7 +160,8 @@ class _Planner:
         trained_on = source.adapter.base_model
         if not trained_on:
             return
-        known = [self.base.repo_id, self.base.config.get("_name_or_path"), str(self.base.root.resolve())]
+        root = self.base.root
+        known = [self.base.repo_id, self.base.config.get("_name_or_path"), root.name, root.resolve().name]
         tails = {str(k).rstrip("/").rsplit("/", 1)[-1].lower() for k in known if k}
         if self.base.repo_id is None and "snapshots" in self.base.root.parts:
             return

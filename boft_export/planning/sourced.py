@@ -42,7 +42,7 @@ class SourcedAdapter:
     @property
     def name(self) -> str:
         """How people call it."""
-        return self.repo_id or self.root.resolve().name
+        return self.repo_id or self.root.name or self.root.resolve().name
 
     @property
     def refs(self) -> Mapping[str, TensorRef]:
