@@ -15,7 +15,9 @@ def test_command_reference_is_up_to_date(tmp_path: Path) -> None:
     """docs/cli.md is what typer makes of the program's help; CONTRIBUTING.md says how to make it again."""
     target = tmp_path / "cli.md"
     command = [sys.executable, "-m", "typer", "boft_export.cli.main", "utils", "docs", "--name", "boft-export"]
-    subprocess.run([*command, "--output", str(target)], check=True, capture_output=True, env={**os.environ, "COLUMNS": "80"})
+    subprocess.run(
+        [*command, "--output", str(target)], check=True, capture_output=True, env={**os.environ, "COLUMNS": "80"}
+    )
     assert target.read_text() == (ROOT / "docs" / "cli.md").read_text()
 
 

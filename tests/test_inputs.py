@@ -584,7 +584,9 @@ def test_a_head_of_its_own_is_rotated_like_any_other(desk: Desk) -> None:
 def test_a_resized_vocabulary_is_taken_with_its_tokenizer(desk: Desk, rows: int, tied: bool) -> None:
     base = model() | embeddings(head=not tied)
     config = {**(TIED if tied else UNTIED), "text_config": {"vocab_size": OUT}, "audio_config": {"vocab_size": 99}}
-    (desk.base(base, config) / "tokenizer.json").write_text("base's")
+    folder = desk.base(base, config)
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (folder / name).write_text("base's")
     trained = embeddings(head=not tied, rows=rows)
     adapter = desk.adapter(layer() | {f"{PRE}{k}": v for k, v in trained.items()})
     (adapter / "tokenizer.json").write_text("adapter's")
@@ -596,6 +598,7 @@ def test_a_resized_vocabulary_is_taken_with_its_tokenizer(desk: Desk, rows: int,
     assert desk.config() == {**config, **sizes}
     assert (desk.root / "out" / "tokenizer.json").read_text() == "adapter's"
     assert (desk.root / "out" / "added_tokens.json").exists()
+    assert not (desk.root / "out" / "special_tokens_map.json").exists()
     assert codes(result, Level.WARNING) == ({"vocabulary"} if rows < OUT else set())
 
 
@@ -1184,3 +1187,30 @@ def test_the_hub_id_of_the_base_is_written(desk: Desk) -> None:
     result = desk.merge()
     assert result.manifest["adapters"][0]["base_model"] == "org/base"
     assert "base_model: org/base\n" in (desk.root / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_replacement_that_is_not_finite_is_refused(desk: Desk, value: float) -> None:
+    bias = torch.zeros(OUT)
+    bias[2] = value
+    desk.base(model() | {f"{Q}.bias": torch.zeros(OUT)})
+    desk.adapter(layer() | {f"{PRE}{Q}.base_layer.bias": bias}, {"bias": "all"})
+    desk.refuse(f"{Q}.bias", "1 values", "not finite")
+
+
+def test_infinities_of_the_base_are_taken_over(desk: Desk) -> None:
+    mask = torch.full((4,), float("-inf"))
+    desk.base(model() | {"mask": mask})
+    desk.adapter(layer())
+    desk.merge(dtype="float16")
+    assert torch.equal(desk.tensors()["mask"], mask.half())
+
+
+def test_beside_an_input_given_as_a_file_is_free(desk: Desk) -> None:
+    folder = desk.base(model())
+    desk.adapter(layer())
+    desk.merge(base=folder / "model.safetensors", output=folder / "out")
+    assert (folder / "out" / "model.safetensors").is_file()
+    desk.refuse(
+        "into the base's folder", base=folder / "model.safetensors", output=folder, overwrite=True, error=UsageError
+    )

@@ -51,6 +51,7 @@ IMAGE = {
     "image_size": 16,
     "patch_size": 4,
 }
+SWIN = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
 IMAGE_TOKEN = 60
 
 
@@ -155,6 +156,9 @@ CASES = {
     "gemma2": Case(build("Gemma2ForCausalLM", **GROUPED, head_dim=8), ATTENTION + MLP),
     "gpt-neox": Case(build("GPTNeoXForCausalLM", **TEXT), ["query_key_value", "dense", "dense_4h_to_h"]),
     "gpt-neox-head": Case(build("GPTNeoXForCausalLM", **TEXT), ["query_key_value", "lm_head", "embed_out"]),
+    "gpt-neox-tied-head": Case(
+        build("GPTNeoXForCausalLM", **TEXT, tie_word_embeddings=True), ["dense_4h_to_h", "lm_head", "embed_out"]
+    ),
     "opt": Case(
         build("OPTForCausalLM", **TEXT, ffn_dim=48, word_embed_proj_dim=32), ["q_proj", "out_proj", "fc1", "fc2"]
     ),
@@ -195,6 +199,19 @@ CASES = {
     "dinov2": Case(
         build("Dinov2ForImageClassification", **IMAGE, mlp_ratio=2, num_labels=3),
         ["q_proj", "o_proj", "fc2", "query", "projection"],
+        image,
+        "AutoModelForImageClassification",
+    ),
+    "deit": Case(
+        build("DeiTForImageClassification", **IMAGE, num_labels=3),
+        ["k_proj", "fc2", "key", "projection"],
+        image,
+        "AutoModelForImageClassification",
+        boft={"modules_to_save": ["classifier"]},
+    ),
+    "swin": Case(
+        build("SwinForImageClassification", **SWIN, num_labels=3),
+        ["q_proj", "o_proj", "fc1", "query", "projection"],
         image,
         "AutoModelForImageClassification",
     ),

@@ -53,4 +53,7 @@ def test_names_in_memory(config: dict[str, object], on_disk: str, in_memory: str
 
 
 def test_models_without_renames_have_none() -> None:
-    assert renames.names_in_memory({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["lm_head.weight"]) == {}
+    assert (
+        renames.names_in_memory({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["lm_head.weight"])
+        == {}
+    )

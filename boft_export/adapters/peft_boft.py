@@ -190,8 +190,8 @@ def _narrow(layers: Sequence[AdapterLayer], tensors: Mapping[str, TensorInfo]) -
     if not narrow:
         return []
     message = (
-        f"the rotations of {len(narrow)} of {len(layers)} layers are stored as {tensors[narrow[0].blocks].dtype}: what that "
-        "rounding took from them is lost"
+        f"the rotations of {len(narrow)} of {len(layers)} layers are stored as {tensors[narrow[0].blocks].dtype}: what "
+        "that rounding took from them is lost"
     )
     return [Notice(Level.WARNING, "narrow-adapter", "adapter", message, "Save adapters in float32.")]
 

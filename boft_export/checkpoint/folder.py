@@ -251,7 +251,11 @@ def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Ma
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:
     """Yield all files below ``root`` in a fixed order; linked files count, linked folders are not entered."""
-    for directory, folders, names in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        raise AccessError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+    for directory, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = sorted(f for f in folders if f not in _IGNORED_FOLDERS)
         for name in sorted(names):
             yield PurePosixPath((Path(directory) / name).relative_to(root).as_posix())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -88,7 +89,8 @@ def index_json(shards: Sequence[Shard[Any]], metadata: Mapping[str, Any]) -> str
     tensors = [(t, s) for s in shards for t in s.tensors]
     total = sum(tensor_bytes(t.dtype, t.shape) for t, _ in tensors)
     weight_map = {t.name: PurePosixPath(s.name).name for t, s in tensors}
-    content = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    counts = {"total_parameters": sum(math.prod(t.shape) for t, _ in tensors)} if "total_parameters" in metadata else {}
+    content = {"metadata": {**metadata, "total_size": total, **counts}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

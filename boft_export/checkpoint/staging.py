@@ -177,7 +177,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         UsageError: If it is a file, or a folder with content and ``overwrite`` is off.
     """
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} exists and is not a folder.")
+        raise UsageError(f"{output} exists and is not a folder.", hint="Choose another -o.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"{output} exists.", hint="Choose another -o, or replace it with --overwrite.")
 

@@ -76,7 +76,10 @@ class Factor:
 
     def restrict(self, start: int, stop: int) -> Self:
         """Return the factor on features start..stop, which its blocks must not straddle; blocks in order of features."""
-        inside = (self.index[:, 0] >= start) & (self.index[:, 0] < stop)
+        within = (self.index >= start) & (self.index < stop)
+        inside = within[:, 0]
+        if (within != inside[:, None]).any():
+            raise ValueError(f"features {start} to {stop} cut a block in two")
         return type(self)(self.blocks[inside], self.index[inside] - start)
 
 

@@ -114,7 +114,7 @@ def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progres
                     name = chunk.tensor.name
                     for measure in tiles:
                         measures[name] = measures.get(name, Measure()) + measure
-                        if measure.damaged:
+                        if measure.damaged or (measure.unsound and chunk.tensor.source is not chunk.tensor.base):
                             raise _not_finite(chunk.tensor, measure)
                     if progress is not None:
                         progress(done, total, name)
@@ -216,6 +216,11 @@ class _Stream:
 
 
 def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
+    if measure.unsound and not measure.damaged:
+        return InputError(
+            f"{tensor.name}: {measure.unsound} values in the adapter's {tensor.source.name} are not finite.",
+            hint="The training diverged, or the file is damaged. Use an earlier adapter.",
+        )
     return InputError(
         f"{tensor.name}: {measure.damaged} values are not finite as {tensor.dtype}, though the base's are.",
         hint="Write a wider dtype (--dtype float32), or look for very large scales in the adapter.",

@@ -26,6 +26,7 @@ class Measure:
         change: Sum of squares of exact result minus source.
         rounding: Sum of squares of rounded minus exact result.
         damaged: How many are not finite though the source's are.
+        unsound: How many of the source's are not finite.
     """
 
     elements: int = 0
@@ -34,6 +35,7 @@ class Measure:
     change: float = 0.0
     rounding: float = 0.0
     damaged: int = 0
+    unsound: int = 0
 
     def __add__(self, other: Measure) -> Measure:
         """Return the measure of both runs together."""
@@ -44,6 +46,7 @@ class Measure:
             self.change + other.change,
             self.rounding + other.rounding,
             self.damaged + other.damaged,
+            self.unsound + other.unsound,
         )
 
     @property
@@ -119,15 +122,16 @@ def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Ten
 
 
 def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
-    elements, damaged = x.numel(), 0
+    elements, damaged, unsound = x.numel(), 0, 0
     rounding = _squares(rounded - y)
     if not math.isfinite(rounding):
         # Infinities, as in a mask, are taken over as they are; what was done is measured on the other elements.
         finite = torch.isfinite(x)
         damaged = int((~torch.isfinite(rounded) & finite).sum())
+        unsound = int((~finite).sum())
         x, y, rounded = x[finite], y[finite], rounded[finite]
         rounding = _squares(rounded - y)
-    return Measure(elements, int((rounded != x).sum()), _squares(x), _squares(y - x), rounding, damaged)
+    return Measure(elements, int((rounded != x).sum()), _squares(x), _squares(y - x), rounding, damaged, unsound)
 
 
 def _squares(x: Tensor) -> float:

@@ -57,8 +57,7 @@ def plan_merge(
         InputError: If an input is not what it should be.
         AccessError: If an input can't be read or found.
     """
-    refs = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    checkpoint, opened = (sources or Sources()).pair(base, refs)
+    checkpoint, opened = (sources or Sources()).pair(base, _refs(None, adapters))
     if dtype is not None and dtype not in DTYPE_OF_NAME:
         raise UsageError(f"dtype {dtype} is not one of {', '.join(DTYPE_OF_NAME)}.")
     max_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
@@ -93,17 +92,26 @@ def prepare(
         raise UsageError(f"{workers} jobs can't do anything.", hint="Give --jobs 1 or more.")
     limit = parse_size(max_memory) if max_memory is not None else None
     plan = plan_merge(base, adapters, dtype=dtype, max_shard_size=max_shard_size, sources=sources)
-    _keep_off_inputs(target, plan)
+    _keep_off_inputs(target, plan, {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()})
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
     return Prepared(plan, target, plan_memory(plan, limit, workers, device_type), workers)
 
 
-def _keep_off_inputs(output: Path, plan: FoldPlan) -> None:
-    """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to."""
+def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:
+    """Return all references in one list."""
+    several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    return several if base is None else [base, *several]
+
+
+def _keep_off_inputs(output: Path, plan: FoldPlan, shared: set[Path]) -> None:
+    """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to.
+
+    A folder in ``shared`` holds an input that was given as one file: only the file is the input, so beside it is free.
+    """
     target = output.resolve()
     for name, folder in (("base", plan.base.root), *(("adapter", a.root) for a in plan.adapters)):
         root = folder.resolve()
-        if target == root or root.is_relative_to(target) or target.is_relative_to(root):
+        if root.is_relative_to(target) or (target.is_relative_to(root) and root not in shared):
             raise UsageError(
                 f"{output} would write into the {name}'s folder {folder}.", hint="Choose a folder apart from both."
             )

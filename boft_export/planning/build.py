@@ -26,7 +26,7 @@ from boft_export.planning.model import Action, ConfigEdit, FoldPlan, Segment, Si
 from boft_export.planning.names import Rule, find_rules, fused_parent, near_matches, spellings
 from boft_export.planning.renames import names_in_memory
 from boft_export.planning.sourced import SourcedAdapter
-from boft_export.planning.tables import LABEL_WEIGHTS, SCALED_TIED_HEADS, TIED_HEADS
+from boft_export.planning.tables import LABEL_WEIGHTS, SCALED_TIED_HEADS, TIED_HEADS, TOKENIZER_FILES
 
 # Files that the output has of its own.
 OWN_FILES = {"boft_export.json", "README.md"}
@@ -572,7 +572,11 @@ class _Planner:
         files = {f: SideFile(f, source=base.root / f) for f in base.side_files if str(f) not in OWN_FILES}
         if self.resized:
             for adapter in self.adapters:
-                for name in adapter.tokenizer_files():
+                brought = adapter.tokenizer_files()
+                # A tokenizer's files are one whole: the base's others would add tokens that are no longer there.
+                for name in TOKENIZER_FILES if brought else ():
+                    files.pop(base.folder / name, None)
+                for name in brought:
                     target = base.folder / name
                     files[target] = SideFile(target, source=adapter.root / name)
         if base.config_text is not None:

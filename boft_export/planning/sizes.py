@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from boft_export.errors import UsageError
 
@@ -18,16 +19,18 @@ def parse_size(text: str | int) -> int:
     """
     match = _SIZE.match(str(text))
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) <= 0:
+    size = int(Fraction(match[1]) * unit) if match and unit else 0
+    if size <= 0:
         raise UsageError(f"{text} is not a size.", hint="Write 5GB, 700MiB, or a number of bytes.")
-    return int(float(match[1]) * unit)
+    return size
 
 
 def format_size(count: int) -> str:
     """Return bytes as people read them: 13.5 GB."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
+        # From here on three digits would round to 1000.
+        if value < 999.5:
             break
         value, unit = value / 1000, larger
     return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ def main() -> int:
     args = parser.parse_args()
 
     logging.disable_progress_bar()
+    # PEFT asks transformers for something by its old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     enable_butterflies_on_cpu()
     split = load()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
