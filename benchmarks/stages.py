@@ -1,7 +1,7 @@
 """Cost of one dense stage of a fold by its size: where the planner's table comes from.
 
-A 4096-feature weight in tiles as the merge cuts them, float64 on one core. Prints nanoseconds of processor time per weight
-element: for features that are neighbours, and for blocks of two runs far apart, which have to be gathered first.
+A 4096-feature weight in tiles as the merge cuts them, float64 on one core. Prints nanoseconds of processor time per
+weight element: for features that are neighbours, and for blocks of two runs far apart, which have to be gathered first.
 """
 
 from __future__ import annotations

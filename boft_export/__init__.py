@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from boft_export.pipeline.merge import MergeResult, merge
     from boft_export.pipeline.prepare import plan_merge as plan
     from boft_export.pipeline.rotations import write_rotations
-    from boft_export.planning.model import FoldPlan
     from boft_export.planning.inputs import Sources
     from boft_export.planning.inspection import Inspection, inspect
+    from boft_export.planning.model import FoldPlan
 
 # Where each public name is, and what it is called there.
 _PUBLIC = {
@@ -36,18 +36,18 @@ _PUBLIC = {
     "BoftExportError": "errors",
     "CheckFailedError": "errors",
     "DamagedFileError": "errors",
+    "FoldPlan": "planning.model",
     "InputError": "errors",
     "Inspection": "planning.inspection",
-    "ReadOptions": "adapters",
     "Level": "errors",
-    "Notice": "errors",
-    "ResourceError": "errors",
-    "UsageError": "errors",
-    "FoldPlan": "planning.model",
     "MergeResult": "pipeline.merge",
+    "Notice": "errors",
+    "ReadOptions": "adapters",
+    "ResourceError": "errors",
     "Sources": "planning.inputs",
-    "merge": "pipeline.merge",
+    "UsageError": "errors",
     "inspect": "planning.inspection",
+    "merge": "pipeline.merge",
     "plan": "pipeline.prepare:plan_merge",
     "write_rotations": "pipeline.rotations",
 }
@@ -67,11 +67,11 @@ __all__ = [
     "ResourceError",
     "Sources",
     "UsageError",
+    "__version__",
     "inspect",
     "merge",
     "plan",
     "write_rotations",
-    "__version__",
 ]
 
 

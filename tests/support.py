@@ -75,7 +75,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def butterfly_matrix(blocks: Tensor) -> Tensor:
-    """Return the dense R (n, n), float64, of PEFT's boft_R (m, D, b, b): the formula, block by block, with no cleverness."""
+    """Return the dense R (n, n), float64, of PEFT's boft_R (m, D, b, b): the formula, block by block."""
     m, count, b, _ = blocks.shape
     n, h = count * b, b // 2
     product = torch.eye(n, dtype=torch.float64)

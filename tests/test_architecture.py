@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import boft_export
 import pytest
+
+import boft_export
 
 ROOT = Path(boft_export.__file__).parent
 # Imports go down only: from a higher rank to a lower one, or within a package. Packages of one rank are siblings.
@@ -69,11 +70,11 @@ def test_public_names() -> None:
         "ResourceError",
         "Sources",
         "UsageError",
+        "__version__",
         "inspect",
         "merge",
         "plan",
         "write_rotations",
-        "__version__",
     ]
     for name in boft_export.__all__:
         assert getattr(boft_export, name).__doc__

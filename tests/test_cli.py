@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from boft_export.cli.main import app
 from safetensors.torch import load_file, save_file
 from support import butterfly_matrix, read_folder, write_adapter
 from typer.testing import CliRunner, Result
+
+from boft_export.cli.main import app
 
 COMMANDS = ("merge", "inspect", "rotation", "env")
 

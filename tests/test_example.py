@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import boft_export
 import peft
 import pytest
 import sentence_transformers
@@ -12,6 +11,8 @@ import torch
 import transformers
 from base import model_folder
 from peft_cpu import enable_butterflies_on_cpu
+
+import boft_export
 
 ADAPTER = Path(__file__).parent.parent / "examples" / "minilm" / "adapter"
 TEXTS = ["Return a shallow copy of the list.", "Open a socket and listen.", "Compile a regular expression pattern."]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+
 from boft_export.planning import renames
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,8 @@
 """Writes boft_export/planning/transformers_renames.json from the installed transformers.
 
 transformers 5 gives many models other names in memory than their files have. An adapter trained there has the names in
-memory; a merge works on files, without transformers. So its table of renames is kept as data. Only renames are taken, not
-the conversions that fuse or split tensors.
+memory; a merge works on files, without transformers. So its table of renames is kept as data. Only renames are taken,
+not the conversions that fuse or split tensors.
 """
 
 from __future__ import annotations

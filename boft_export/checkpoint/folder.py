@@ -138,7 +138,8 @@ def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | N
     files, index_metadata = _read_weights(weights, path)
     config = path / folder / "config.json"
     own = {PurePosixPath(f.name) for f in files} | {PurePosixPath(weights.relative_to(path).as_posix())}
-    side, stale = [], []
+    side: list[PurePosixPath] = []
+    stale: list[PurePosixPath] = []
     for file in _walk(path):
         if file in own or file == folder / "config.json":
             continue

@@ -63,7 +63,7 @@ def keep_shards(files: Sequence[tuple[str, Sequence[T], Mapping[str, str]]]) -> 
 
 
 def split_shards(tensors: Iterable[T], max_bytes: int, stem: str, metadata: Mapping[str, str]) -> list[Shard[T]]:
-    """Lay ``tensors`` out in order in files of at most ``max_bytes`` of tensor data; a larger tensor has its own file."""
+    """Lay ``tensors`` out in order in files of at most ``max_bytes`` of data; a larger tensor has its own file."""
     groups: list[list[T]] = [[]]
     size = 0
     for tensor in tensors:

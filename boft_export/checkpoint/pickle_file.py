@@ -111,4 +111,4 @@ def _ref(path: Path, label: str, key: str, tensor: torch.Tensor, bounds: list[in
     import torch
 
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return TensorRef(key, dtype, shape, HeldBytes(memoryview(flat.numpy())), label)
+    return TensorRef(key, dtype, shape, HeldBytes(flat.numpy().data), label)

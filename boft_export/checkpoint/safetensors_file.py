@@ -37,7 +37,7 @@ def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
         name: How to call the file in messages and in the result; its own name by default.
 
     Raises:
-        DamagedFileError: If the header is malformed, or its tensors don't fill the file exactly, without gap or overlap.
+        DamagedFileError: If the header is malformed, or its tensors don't fill the file without gap or overlap.
         AccessError: If the file cannot be read.
     """
     label = name or path.name

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-def _version(value: bool) -> None:  # noqa: FBT001  # a callback's one argument
+def _version(value: bool) -> None:
     if value:
         typer.echo(f"boft-export {__version__}")
         raise typer.Exit

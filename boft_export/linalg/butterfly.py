@@ -22,7 +22,7 @@ def butterfly_index(factor: int, num_blocks: int, block_size: int) -> Tensor:
     Raises:
         ValueError: Where no such factor exists.
     """
-    stride = 2**factor
+    stride = 1 << factor
     if num_blocks % stride or (factor and block_size % 2):
         raise ValueError(f"no butterfly factor {factor} for {num_blocks} blocks of size {block_size}")
     half = block_size // 2

@@ -20,4 +20,5 @@ def cayley(s: Tensor) -> Tensor:
     """
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     # The two factors are functions of S and commute, so a solve from the left gives the same product.
-    return torch.linalg.solve(eye + s, eye - s)
+    q: Tensor = torch.linalg.solve(eye + s, eye - s)
+    return q

@@ -75,7 +75,11 @@ class Factor:
         return torch.empty_like(x).index_copy_(0, self.index.reshape(-1), y.view(x.shape))
 
     def restrict(self, start: int, stop: int) -> Self:
-        """Return the factor on features start..stop, which its blocks must not straddle; blocks in order of features."""
+        """Return the factor on features start..stop.
+
+        Raises:
+            ValueError: If a block lies only partly in them.
+        """
         within = (self.index >= start) & (self.index < stop)
         inside = within[:, 0]
         if (within != inside[:, None]).any():
@@ -123,7 +127,7 @@ def fuse(factors: Sequence[Factor]) -> Factor:
 
 
 def widen(factor: Factor, size: int) -> Factor:
-    """Return the same factor with neighbouring blocks laid side by side in blocks of at least ``size``, if they fill them.
+    """Return the same factor with neighbouring blocks laid side by side in blocks of at least ``size``.
 
     Where the number of blocks doesn't allow it, the factor is returned as it is.
     """

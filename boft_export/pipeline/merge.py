@@ -175,7 +175,8 @@ def _check_effect(plan: FoldPlan, run: RunResult, values: Sequence[Notice]) -> N
     if any(n.code == "untrained" and n.level is Level.WARNING for n in values):
         return
     raise CheckFailedError(
-        f"the merge changed no element of {len(folded)} rotated tensors: the adapter's effect is below the output's precision.",
+        f"the merge changed no element of {len(folded)} rotated tensors: the adapter's effect is below the output's "
+        "precision.",
         hint="Write a wider dtype: --dtype float32.",
     )
 

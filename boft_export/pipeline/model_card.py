@@ -42,8 +42,10 @@ def model_card(plan: FoldPlan) -> str:
     lines = [
         f"# {plan.base.name.rsplit('/', 1)[-1]} with its adapter merged",
         "",
-        f"`{base_id or plan.base.name}` with {adapters} folded into its weights by boft-export {__version__}. "
-        "It loads like the base and needs no adapter library.",
+        (
+            f"`{base_id or plan.base.name}` with {adapters} folded into its weights by boft-export {__version__}. "
+            "It loads like the base and needs no adapter library."
+        ),
         "",
         f"Tensors: {counts}. `boft_export.json` has the inputs' hashes and what was done to each tensor.",
     ]

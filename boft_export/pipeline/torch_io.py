@@ -27,7 +27,7 @@ def read_tensor(ref: TensorRef) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager
