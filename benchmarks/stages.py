@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from boft_export.cli.allocator import keep_freed_memory
 from boft_export.linalg.planner import STAGE_COST
 from boft_export.linalg.rotation import Factor
+from boft_export.pipeline.allocator import keep_tiles_free_chunks
 from boft_export.pipeline.memory import TILE_ELEMENTS
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    keep_tiles_free_chunks()
     n = args.features
     tile = torch.randn(args.tile // n, n, dtype=torch.float64)
     print(f"{'size':>5} {'neighbours':>11} {'gathered':>9} {'in the planner':>15}   ns per element")

@@ -48,7 +48,7 @@ def test_dry_run_writes_nothing(base: Path, adapter: Path, tmp_path: Path) -> No
     document = json.loads(done.stdout)
     assert done.exit_code == 0
     assert sorted(tmp_path.rglob("*")) == before
-    assert document["tensors"]["layers.0.up.weight"]["fold"] == ["m=2 b=4, stages of 8"]
+    assert document["tensors"]["layers.0.up.weight"]["fold"] == ["m=2 b=4 -> 8"]
     assert document["bytes_to_write"] == sum(f.stat().st_size for f in base.glob("*.safetensors"))
     assert document["memory"] > document["bytes_to_read"]
 

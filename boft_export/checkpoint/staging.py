@@ -154,6 +154,8 @@ class Staging:
             for folder in [p for p in self.files.rglob("*") if p.is_dir()] + [self.files]:
                 _sync_folder(folder)
             if self.output.is_dir() and any(self.output.iterdir()):
+                # What is replaced comes to lie where the finished files were: no later run may take it for them.
+                (self.root / _JOURNAL).unlink()
                 _exchange(self.files, self.output)
             else:
                 self.files.replace(self.output)

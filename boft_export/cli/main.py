@@ -9,7 +9,6 @@ from typing import Annotated, NoReturn
 import typer
 
 from boft_export.cli import env, inspect, merge, rotation
-from boft_export.cli.allocator import keep_freed_memory
 from boft_export.version import __version__
 
 app = typer.Typer(
@@ -48,7 +47,6 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Run the program; being asked to end is the same as being interrupted."""
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     app()
 

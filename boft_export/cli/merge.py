@@ -103,14 +103,15 @@ def _show(out: Output, document: Mapping[str, Any]) -> None:
 
     out.document(document)
     done = not document["dry_run"]
-    columns = [("tensor", "left"), ("", "right"), ("shape", "left"), ("", "left"), ("fold", "left")]
+    columns = [("tensor", "left"), ("", "right"), ("shape", "left"), ("factors -> stages", "left")]
     if done:
         columns += [("change", "right"), ("rounding", "right"), ("residual", "right")]
     rows = []
     for row in folded_rows(document):
-        cells = [row["name"], f"x{row['count']}", "x".join(map(str, row["shape"])), row["action"], row["fold"]]
+        cells = [row["name"], f"x{row['count']}", "x".join(map(str, row["shape"])), row["fold"] or _PAST[row["action"]]]
         if done:
-            cells += [_span(row[k]) for k in ("relative_change", "rounding_loss", "orthogonality_residual")]
+            measured = (row[k] for k in ("relative_change", "rounding_loss", "orthogonality_residual"))
+            cells += ["" if value is None else f"{value:.1e}" for value in measured]
         rows.append(cells)
     out.table("", columns, rows)
     for renames in document["renames"]:
@@ -138,10 +139,3 @@ def _show(out: Output, document: Mapping[str, Any]) -> None:
 
 
 _PAST = {"copy": "untouched", "convert": "converted", "fold": "rotated", "replace": "replaced", "add": "added"}
-
-
-def _span(values: tuple[float, float] | None) -> str:
-    if values is None:
-        return ""
-    low, high = (f"{v:.1e}" if v else "0" for v in values)
-    return low if low == high else f"{low} .. {high}"

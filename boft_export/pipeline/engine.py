@@ -16,6 +16,7 @@ import torch
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.tensors import FileBytes
 from boft_export.errors import InputError
+from boft_export.pipeline.allocator import keep_tiles_free_chunks
 from boft_export.pipeline.fold import Measure, fold
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import LayerCache
@@ -94,6 +95,7 @@ def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progres
         AccessError: If a file can't be read or written.
         ResourceError: If the disk is full.
     """
+    keep_tiles_free_chunks()
     layers = LayerCache(plan, engine.compute, engine.memory.rotations * len(engine.devices))
     hashes = InputHashes(plan.input_files())
     todo = [s for s in plan.shards if s.name not in staging.done]

@@ -26,7 +26,13 @@ from boft_export.planning.model import Action, ConfigEdit, FoldPlan, Segment, Si
 from boft_export.planning.names import Rule, find_rules, fused_parent, near_matches, spellings
 from boft_export.planning.renames import names_in_memory
 from boft_export.planning.sourced import SourcedAdapter
-from boft_export.planning.tables import LABEL_WEIGHTS, SCALED_TIED_HEADS, TIED_HEADS, TOKENIZER_FILES
+from boft_export.planning.tables import (
+    HEADS_IN_MEMORY,
+    LABEL_WEIGHTS,
+    SCALED_TIED_HEADS,
+    TIED_HEADS,
+    TOKENIZER_FILES,
+)
 
 # Files that the output has of its own.
 OWN_FILES = {"boft_export.json", "README.md"}
@@ -434,7 +440,8 @@ class _Planner:
         if name in tensors or _tied_setting(self.base) is False:
             return None
         for pattern, head, _ in TIED_HEADS:
-            on_disk = head if f".{head}".endswith(f".{name}") else name
+            same = f".{head}".endswith(f".{name}") or HEADS_IN_MEMORY.get(head) == name
+            on_disk = head if same else name
             if f".{on_disk}".endswith(f".{head}") and on_disk not in tensors:
                 for embedding in self._embeddings(pattern):
                     return on_disk, embedding

@@ -45,6 +45,9 @@ TIED_HEADS = (
     ("*.embeddings.word_embeddings.weight", "vocab_projector.weight", r"^DistilBertForMaskedLM"),
 )
 
+# Heads that transformers 5 calls otherwise in memory, by their names on disk.
+HEADS_IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
+
 # Models that scale the head's input where the head is tied, so that untying it would change what they compute.
 SCALED_TIED_HEADS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 

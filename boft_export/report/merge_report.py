@@ -73,7 +73,10 @@ def notice_list(notices: Iterable[Notice]) -> list[dict[str, Any]]:
 
 
 def folded_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one row for each kind of tensor that is not copied: layers that differ only in number together."""
+    """Return one row for each kind of tensor that is not copied, with the largest of what was measured.
+
+    Layers that differ only in number are one kind.
+    """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for name, tensor in document["tensors"].items():
         key = (group_name(name), tensor["action"], tuple(tensor["shape"]), tuple(tensor.get("fold", ())))
@@ -86,16 +89,12 @@ def folded_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "shape": list(shape),
             "fold": ", then ".join(fold),
             **{
-                key: _range([m[key] for m in members if m.get(key) is not None])
+                key: max((m[key] for m in members if m.get(key) is not None), default=None)
                 for key in ("relative_change", "rounding_loss", "orthogonality_residual")
             },
         }
         for (name, action, shape, fold), members in groups.items()
     ]
-
-
-def _range(values: Sequence[float]) -> tuple[float, float] | None:
-    return (min(values), max(values)) if values else None
 
 
 def _head(plan: FoldPlan) -> dict[str, Any]:
@@ -121,4 +120,4 @@ def _tensor(tensor: TensorPlan) -> dict[str, Any]:
 
 def _fold(num_factors: int, block_size: int, run_size: Callable[[int, int], int]) -> str:
     stages = " + ".join(str(run_size(i, j)) for i, j in plan_stages(num_factors, run_size))
-    return f"m={num_factors} b={block_size}, stages of {stages}"
+    return f"m={num_factors} b={block_size} -> {stages}"
