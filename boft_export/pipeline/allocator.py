@@ -15,10 +15,10 @@ _KEPT = 32 << 20
 def keep_tiles_free_chunks() -> None:
     """Have freed tiles kept for the next tile, and freed chunks given back to the system at once.
 
-    A fold takes and frees the same megabyte thousands of times; having the system clear its pages each time costs as
-    much as the fold itself (benchmarks/stages.py). Chunks pass from thread to thread, and would pile up in each thread's
-    own reserve, beyond the bound on memory. By default glibc moves this border as it goes; from here on it stays, for
-    the whole process. Without glibc nothing happens.
+    A fold takes and frees the same megabyte thousands of times; having the system clear its pages each time costs
+    as much as the fold itself (benchmarks/stages.py). Chunks pass from thread to thread, and would pile up in each
+    of their reserves, beyond the bound on memory. By default glibc moves this border as it goes; from here on it
+    stays, for the whole process. Without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
