@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from support import boft_tensors, write_adapter, write_checkpoint
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would every program that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODULES = {"layers.0.up": (24, 32), "layers.0.down": (32, 24), "layers.1.up": (24, 32), "layers.1.down": (32, 24)}
 
