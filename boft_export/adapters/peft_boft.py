@@ -79,6 +79,11 @@ class PeftBoft:
             if "permutation" not in reason
         ]
         notices += _lost_biases(config, replacements)
+        if leaked and not layers:
+            message = (
+                f"all its rotations belong to other adapters that leaked into this file: {', '.join(sorted(leaked))}"
+            )
+            notices.append(Notice(Level.ERROR, "empty-adapter", "adapter", message, "Save the adapter again."))
         if not layers and not replacements and not any(n.level is Level.ERROR for n in notices):
             notices.append(
                 Notice(Level.ERROR, "empty-adapter", "adapter", "it holds no tensors: expected boft_R and boft_s keys")
@@ -269,9 +274,13 @@ def _replacements(
 
 
 def _names_module(name: str, modules: AbstractSet[str]) -> bool:
-    """Tell whether one of ``modules`` is, or holds, the tensor; PEFT matches them as the end of a module's path."""
+    """Tell whether one of ``modules`` is, or holds, the tensor.
+
+    PEFT takes every module whose path ends with the text, wherever a part of the path begins: "classifier" takes
+    "pre_classifier" too.
+    """
     parts = name.split(".")[:-1]
-    return any(".".join(parts[i:j]) in modules for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return any(".".join(parts[:i]).endswith(tuple(modules)) for i in range(1, len(parts) + 1))
 
 
 def _lost_biases(config: Mapping[str, Any], replacements: Sequence[Replacement]) -> list[Notice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -20,6 +20,7 @@ from boft_export.planning.config_edits import (
     set_architecture,
     set_dtype,
     set_labels,
+    trained_class,
     untie,
 )
 from boft_export.planning.model import Action, ConfigEdit, FoldPlan, Segment, SideFile, Step, TensorPlan
@@ -33,6 +34,7 @@ from boft_export.planning.tables import (
     TIED_HEADS,
     TOKENIZER_FILES,
 )
+from boft_export.planning.ties import tied_pairs
 
 # Files that the output has of its own.
 OWN_FILES = {"boft_export.json", "README.md"}
@@ -49,6 +51,10 @@ class _Slot:
     source: TensorRef
     steps: list[tuple[int, int, Step]] = field(default_factory=list)
     """Each step with the rows it applies to, half open."""
+
+    @property
+    def resized(self) -> bool:
+        return self.base is not None and self.source.shape != self.base.shape
 
     @property
     def changed(self) -> bool:
@@ -98,6 +104,8 @@ class _Planner:
         self.stripped = ""
         """The prefix that the base's names lack, as those of a bare encoder do."""
         self.resized = False
+        self.untied = False
+        self.still_tied: set[str] = set()
 
     def note(self, level: Level, code: str, subject: str, message: str, hint: str | None = None) -> None:
         self.notices.append(Notice(level, code, subject, message, hint))
@@ -107,6 +115,7 @@ class _Planner:
             self._add_adapter(position, adapter)
         self._check_vocabularies()
         self._settle_ties()
+        self._complete_ties()
         if self.dtype is not None:
             self.edits += set_dtype(self.base.config, FLOAT_DTYPES[self.dtype])
         # Two findings may ask for the same change; without a config there is nothing to change.
@@ -387,7 +396,7 @@ class _Planner:
         self.edits += resize_vocabulary(self.base.config, rows, old)
         level, verb = (Level.WARNING, "shrinks") if rows < old else (Level.INFO, "grows")
         self.note(level, "vocabulary", name, f"the vocabulary {verb} from {old} to {rows} rows")
-        if not source.tokenizer_files():
+        if not source.has_tokenizer():
             self.note(
                 Level.WARNING,
                 "tokenizer",
@@ -407,7 +416,7 @@ class _Planner:
             self.slots[item.name] = _Slot(None, ref)
             self.note(Level.INFO, "added", item.name, "the base lacks it; it is added")
             self._set_labels(item.name, ref)
-            edits = set_architecture(self.base.config, source.adapter.model_class, source.adapter.task)
+            edits = set_architecture(self.base.config, self._trained_class(source))
             if edits is None:
                 self.note(
                     Level.WARNING,
@@ -486,7 +495,7 @@ class _Planner:
         """Where only one side of a tie changed, or both did differently, write both and untie them in the config."""
         if _tied_setting(self.base) is False:
             return
-        architectures = [str(a) for a in self.base.config.get("architectures") or ()]
+        architectures = self._classes()
         for pattern, head, classes in TIED_HEADS:
             for embedding in self._embeddings(pattern):
                 found = self._head_of(head)
@@ -504,7 +513,75 @@ class _Planner:
                     self._set_untied(found, embedding)
                 elif other.base is None:
                     del self.slots[found]
+                    self.still_tied.add(found)
                     self.note(Level.INFO, "tied-weights", found, f"equals {embedding}; they stay tied")
+
+    def _complete_ties(self) -> None:
+        """Write every side of every tie once one of them no longer holds: a loader that unties one unties all.
+
+        What is not in the files is given the base's value, which is what it was trained with; a bias has no copy in
+        training and follows its partner.
+        """
+        if _tied_setting(self.base) is False:
+            return
+        # Again for ties of ties: a head tied to a decoder's embedding that is itself tied to a shared one.
+        for _ in range(2):
+            pairs = [p for p in dict.fromkeys(self._pairs_on_disk()) if self.still_tied.isdisjoint(p)]
+            for one, other in pairs:
+                if not self.untied and self._are_apart(one, other):
+                    self._set_untied(other, one)
+            for one, other in pairs if self.untied else ():
+                partner = self.slots[one]
+                source = partner.source if one.endswith(".bias") or partner.base is None else partner.base
+                self.slots.setdefault(other, _Slot(None, source))
+
+    def _are_apart(self, one: str, other: str) -> bool:
+        """Tell whether a tie no longer holds; a side that the files don't have is what the other was in the base."""
+        first, second = self.slots[one], self.slots.get(other)
+        if second is not None:
+            return (first.changed or second.changed) and not _same(first, second)
+        return first.changed and first.base is not None and not first.resized and not one.endswith(".bias")
+
+    def _pairs_on_disk(self) -> Iterator[tuple[str, str]]:
+        """Yield ties as (a name that the output has, the other name), in the naming of the files."""
+        for target, source in tied_pairs(self._classes()):
+            # Some checkpoints keep the parameter under its other name.
+            swapped = [(target, source)] if target in self.base.tensors else []
+            for one, other in [(source, target), *swapped]:
+                # In a whole model, the bare model's names lie under its prefix.
+                prefixes = [n[: -len(one)] for n in self.slots if n == one or n.endswith(f".{one}")]
+                short = one.removeprefix(self.stripped)
+                if prefixes:
+                    found = [(p + one, p + other) for p in prefixes]
+                elif short in self.slots:
+                    found = [(short, self._short(other))]
+                elif one in self.in_memory:
+                    found = [(self.in_memory[one], other)]
+                else:
+                    continue
+                for a, b in found:
+                    yield a, self._on_disk(b)
+                break
+
+    def _short(self, name: str) -> str:
+        """Return a name as the files have it, which may lack the prefix; what they don't have keeps it."""
+        short = name.removeprefix(self.stripped)
+        return short if short in self.slots else name
+
+    def _on_disk(self, name: str) -> str:
+        """Return a name as the files have it, or would have it."""
+        if name in self.slots:
+            return name
+        heads = {memory: disk for disk, memory in HEADS_IN_MEMORY.items() if disk in self.slots}
+        return self.in_memory.get(name) or heads.get(name, name)
+
+    def _classes(self) -> list[str]:
+        """Return the classes that the base, and the models that were trained, are of."""
+        own = [str(a) for a in self.base.config.get("architectures") or ()]
+        return own + [c for a in self.adapters if (c := self._trained_class(a)) is not None]
+
+    def _trained_class(self, source: SourcedAdapter) -> str | None:
+        return trained_class(self.base.config, source.adapter.model_class, source.adapter.task)
 
     def _set_untied(self, head: str, embedding: str) -> None:
         if self.base.config.get("model_type") in SCALED_TIED_HEADS:
@@ -522,7 +599,11 @@ class _Planner:
             head,
             f"no longer equals {embedding}: both are written, and the config unties them",
         )
+        self.untied = True
         self.edits += untie(self.base.config)
+        # A bare model has no head; the one that is written now needs the class that was trained.
+        for source in self.adapters if head not in self.base.tensors else ():
+            self.edits += set_architecture(self.base.config, self._trained_class(source)) or []
 
     # Output
 
@@ -579,7 +660,7 @@ class _Planner:
         files = {f: SideFile(f, source=base.root / f) for f in base.side_files if str(f) not in OWN_FILES}
         if self.resized:
             for adapter in self.adapters:
-                brought = adapter.tokenizer_files()
+                brought = adapter.tokenizer_files() if adapter.has_tokenizer() else []
                 # A tokenizer's files are one whole: the base's others would add tokens that are no longer there.
                 for name in TOKENIZER_FILES if brought else ():
                     files.pop(base.folder / name, None)

@@ -84,15 +84,17 @@ def class_stem(name: str) -> str | None:
     return match["stem"] if match else None
 
 
-def set_architecture(config: Mapping[str, Any], model_class: str | None, task: str | None) -> list[ConfigEdit] | None:
-    """Name the class that was trained; None where it can't be told."""
-    now = list(config.get("architectures") or [])
+def trained_class(config: Mapping[str, Any], model_class: str | None, task: str | None) -> str | None:
+    """Return the class that was trained, by what the adapter says and the base's class; None if it can't be told."""
+    suffix = CLASS_SUFFIX_OF_TASK.get(task or "")
+    stem = next((class_stem(str(a)) for a in config.get("architectures") or ()), None)
+    return model_class or (stem + suffix if stem and suffix else None)
+
+
+def set_architecture(config: Mapping[str, Any], model_class: str | None) -> list[ConfigEdit] | None:
+    """Name the class that was trained; None where it is not known."""
     if model_class is None:
-        suffix = CLASS_SUFFIX_OF_TASK.get(task or "")
-        stem = class_stem(str(now[0])) if now else None
-        if suffix is None or stem is None:
-            return None
-        model_class = stem + suffix
-    if now == [model_class]:
+        return None
+    if list(config.get("architectures") or []) == [model_class]:
         return []
     return [ConfigEdit(("architectures",), [model_class], "the class that the adapter was trained on")]

@@ -10,7 +10,7 @@ from boft_export.adapters import Adapter, ReadOptions, read_adapter
 from boft_export.checkpoint import TensorRef, WeightFile, read_weight_file
 from boft_export.checkpoint.folder import parse_json_object, read_text
 from boft_export.errors import AccessError, DamagedFileError, InputError, Level, Notice
-from boft_export.planning.tables import TOKENIZER_FILES
+from boft_export.planning.tables import TOKENIZER_FILES, VOCABULARY_FILES
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -48,6 +48,10 @@ class SourcedAdapter:
     def refs(self) -> Mapping[str, TensorRef]:
         """Its tensors by key."""
         return {t.name: t for t in self.weights.tensors}
+
+    def has_tokenizer(self) -> bool:
+        """Tell whether a vocabulary lies beside it, and not only settings of a tokenizer."""
+        return bool(VOCABULARY_FILES.intersection(self.tokenizer_files()))
 
     def tokenizer_files(self) -> list[str]:
         """Return the tokenizer's files that lie beside it."""

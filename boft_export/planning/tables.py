@@ -49,7 +49,7 @@ TIED_HEADS = (
 HEADS_IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
 
 # Models that scale the head's input where the head is tied, so that untying it would change what they compute.
-SCALED_TIED_HEADS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+SCALED_TIED_HEADS = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop"}
 
 # How a class name ends for what it is used for, by PEFT's task type.
 CLASS_SUFFIX_OF_TASK = {
@@ -69,4 +69,9 @@ TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json",
+}  # fmt: skip
+
+# Those of them that hold the vocabulary itself.
+VOCABULARY_FILES = {
+    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 }  # fmt: skip
