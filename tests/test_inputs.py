@@ -1214,3 +1214,41 @@ def test_beside_an_input_given_as_a_file_is_free(desk: Desk) -> None:
     desk.refuse(
         "into the base's folder", base=folder / "model.safetensors", output=folder, overwrite=True, error=UsageError
     )
+
+
+def test_a_quantised_base_keeps_its_dtypes(desk: Desk) -> None:
+    desk.base(model(), {**LLAMA, "quantization_config": {"quant_method": "fp8"}})
+    desk.adapter(layer())
+    assert codes(desk.refuse("scales", dtype="float16"), Level.ERROR) == {"quantised-base"}
+
+
+def test_an_addition_to_the_same_class_is_a_warning(desk: Desk) -> None:
+    desk.base(model(), UNTIED)
+    trained = {f"{PRE}model.layers.7.norm.weight": rand(IN)}
+    desk.adapter(layer() | trained, {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM"})
+    assert codes(desk.merge(), Level.WARNING) == {"added"}
+
+
+def test_a_head_for_another_task_names_its_class(desk: Desk) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    desk.base(model() | {"classifier.weight": rand(2, IN)}, config)
+    trained = {f"{PRE}classifier.weight": rand(2, IN, seed=3)}
+    desk.adapter(layer() | trained, {"modules_to_save": ["classifier"], "task_type": "TOKEN_CLS"})
+    desk.merge()
+    assert desk.config()["architectures"] == ["BertForTokenClassification"]
+
+
+def test_only_leaked_rotations_are_refused(desk: Desk) -> None:
+    desk.base(model() | {"head.weight": rand(2, IN)})
+    leaked = {f"{k}.second": v for k, v in layer().items()}
+    desk.adapter(leaked | {f"{PRE}head.weight": rand(2, IN)}, {"modules_to_save": ["head"]})
+    desk.refuse("leaked", "second")
+
+
+def test_settings_of_a_tokenizer_are_no_tokenizer(desk: Desk) -> None:
+    folder = desk.base(model() | embeddings(), TIED)
+    (folder / "tokenizer.json").write_text("base's")
+    adapter = desk.adapter(layer() | {f"{PRE}{EMBED}": rand(OUT + 1, IN)})
+    (adapter / "chat_template.jinja").write_text("{{ x }}")
+    assert codes(desk.merge(), Level.WARNING) == {"tokenizer"}
+    assert (desk.root / "out" / "tokenizer.json").read_text() == "base's"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ _WEIGHT_SUFFIXES = (
 _WEIGHT_FOLDERS = {"onnx", "openvino", "original", "metal", "coreml", "gguf"}
 _ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\..*)$")
 _IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
+# Earlier states of the same training, each a checkpoint of its own.
+_TRAINER_FOLDERS = re.compile(r"checkpoint-\d+$")
 # Small side files that end like weights but are not.
 _NOT_WEIGHTS = {"training_args.bin", "spiece.bin"}
 
@@ -84,10 +85,14 @@ class Checkpoint:
 
     def notices(self) -> list[Notice]:
         """Return what a user should know about the folder itself."""
-        return [
+        notices = [
             Notice(Level.INFO, "stale-file", str(f), "holds the base's weights in another form and is not copied")
             for f in self.stale_files
         ]
+        if self.config_text is None and not self.side_files:
+            message = "it has no config beside its weights: the output will have none, and no tokenizer"
+            notices.append(Notice(Level.WARNING, "no-config", self.name, message, "Give the whole folder as the base."))
+        return notices
 
 
 def parse_json_object(text: str, path: Path) -> dict[str, Any]:
@@ -143,7 +148,12 @@ def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | N
     for file in _walk(path):
         if file in own or file == folder / "config.json":
             continue
-        (stale if _is_stale(file, folder) else side).append(file)
+        if _is_stale(file, folder):
+            stale.append(file)
+        elif (path / file).exists():
+            side.append(file)
+        else:
+            raise AccessError(f"{path / file} is a link to a file that is missing.", hint="Complete or remove it.")
     return Checkpoint(
         root=path,
         folder=folder,
@@ -251,15 +261,30 @@ def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Ma
 
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:
-    """Yield all files below ``root`` in a fixed order; linked files count, linked folders are not entered."""
+    """Yield all files below ``root`` in a fixed order, also in linked folders, and links to files that are missing.
 
-    def unreadable(error: OSError) -> None:
+    What is neither, such as a pipe, belongs to no checkpoint.
+    """
+
+    def walk(folder: Path, above: tuple[Path, ...]) -> Iterator[PurePosixPath]:
+        folders = []
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                folders.append(path)
+            elif path.is_file() or (path.is_symlink() and not path.exists()):
+                yield PurePosixPath(path.relative_to(root).as_posix())
+        for path in folders:
+            if path.name in _IGNORED_FOLDERS or _TRAINER_FOLDERS.match(path.name):
+                continue
+            real = path.resolve()
+            # A link to where we come from would lead here again and again.
+            if not any(a.is_relative_to(real) for a in above):
+                yield from walk(path, (*above, real))
+
+    try:
+        yield from walk(root, (root.resolve(),))
+    except OSError as error:
         raise AccessError(f"cannot read {error.filename}: {error.strerror or error}") from error
-
-    for directory, folders, names in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(f for f in folders if f not in _IGNORED_FOLDERS)
-        for name in sorted(names):
-            yield PurePosixPath((Path(directory) / name).relative_to(root).as_posix())
 
 
 def _is_stale(file: PurePosixPath, folder: PurePosixPath) -> bool:

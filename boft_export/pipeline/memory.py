@@ -17,6 +17,7 @@ TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 # What is read at once, where memory allows.
 CHUNK_BYTES = 8 << 20
 DEFAULT_IN_FLIGHT = 128 << 20
+_MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
 _TILES_ALIVE = 6
 
@@ -83,8 +84,8 @@ def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int) -> int:
 
 
 def default_jobs() -> int:
-    """Return how many threads fold: all cores but one, which reads, writes and hashes."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    """Return how many threads fold: all cores but one, which reads, writes and hashes; no more than a disk can feed."""
+    return max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0)) - 1))
 
 
 class ByteBudget:

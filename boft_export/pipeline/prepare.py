@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
-from boft_export.errors import UsageError, raise_for_errors
+from boft_export.errors import ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.inputs import Ref, Sources
@@ -94,7 +94,14 @@ def prepare(
     plan = plan_merge(base, adapters, dtype=dtype, max_shard_size=max_shard_size, sources=sources)
     _keep_off_inputs(target, plan, {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()})
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
-    return Prepared(plan, target, plan_memory(plan, limit, workers, device_type), workers)
+    while True:
+        try:
+            return Prepared(plan, target, plan_memory(plan, limit, workers, device_type), workers)
+        except ResourceError:
+            # Fewer threads take less memory; how many was not asked for.
+            if jobs is not None or workers == 1:
+                raise
+            workers -= 1
 
 
 def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:

@@ -116,6 +116,14 @@ class _Planner:
         self._check_vocabularies()
         self._settle_ties()
         self._complete_ties()
+        if self.dtype is not None and "quantization_config" in self.base.config:
+            self.note(
+                Level.ERROR,
+                "quantised-base",
+                self.base.name,
+                "is quantised: another dtype would break the scales that belong to its weights",
+                "Leave --dtype out, or start from the full-precision base.",
+            )
         if self.dtype is not None:
             self.edits += set_dtype(self.base.config, FLOAT_DTYPES[self.dtype])
         # Two findings may ask for the same change; without a config there is nothing to change.
@@ -351,6 +359,9 @@ class _Planner:
                 if ref.shape != (slot.base.shape if slot.base else ref.shape):
                     self._resize(found, slot, ref, source)
                 self._set_labels(item.name, ref)
+                if _has_labels(item.name):
+                    # The base's head may have been for another task.
+                    self.edits += set_architecture(self.base.config, self._trained_class(source)) or []
 
     def _find_replaced(self, item: Replacement, rules: Sequence[Rule]) -> str | None:
         tied = self._tied_head(item.name)
@@ -414,7 +425,13 @@ class _Planner:
             return
         if item.may_add:
             self.slots[item.name] = _Slot(None, ref)
-            self.note(Level.INFO, "added", item.name, "the base lacks it; it is added")
+            trained = self._trained_class(source)
+            own = [str(a) for a in self.base.config.get("architectures") or ()]
+            if trained is not None and trained in own:
+                message = f"the base lacks it, though it is a {trained} as the adapter's model was; it is added"
+                self.note(Level.WARNING, "added", item.name, message, "Is this the base the adapter was trained on?")
+            else:
+                self.note(Level.INFO, "added", item.name, "the base lacks it; it is added")
             self._set_labels(item.name, ref)
             edits = set_architecture(self.base.config, self._trained_class(source))
             if edits is None:
