@@ -1046,6 +1046,105 @@ def test_a_hub_out_of_reach_is_said(tmp_path):
     assert "--offline" in hint
 
 
+# Outputs and inputs with links
+
+
+def staged(output: Path, **options: bool) -> Staging:
+    staging = Staging(output, "f", **options)
+    with staging.write("new") as file:
+        file.write(b"new")
+    return staging
+
+
+def test_a_failed_exchange_loses_nothing(tmp_path, monkeypatch):
+    """Without a swap in one step, the old output comes back where the new one can't take its place."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr("boft_export.checkpoint.staging.sys.platform", "other")
+    staging = staged(tmp_path / "out", overwrite=True)
+    staging.record("new", {})
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self == staging.files:
+            raise OSError(errno.EIO, "broken")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(AccessError):
+            staging.publish()
+    staging.keep()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+    again = Staging(tmp_path / "out", "f", resume=True, overwrite=True)
+    assert list(again.done) == ["new"]
+    again.publish()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_can_not_be_flushed_is_there_all_the_same(tmp_path, monkeypatch):
+    staging = staged(tmp_path / "out")
+    sync = os.fsync
+
+    def fail(fd: int) -> None:
+        if os.path.sameopenfile(fd, parent):
+            raise OSError(errno.EIO, "broken")
+        sync(fd)
+
+    parent = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(os, "fsync", fail)
+    staging.publish()
+    os.close(parent)
+    assert (tmp_path / "out" / "new").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("output", [".", "..", "../work", "link"])
+def test_the_current_folder_is_no_output(tmp_path, monkeypatch, output):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UsageError, match="current folder"):
+        check_output(Path(output), overwrite=True)
+
+
+def test_a_mount_point_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(UsageError, match="mount point"):
+        Staging(tmp_path / "disk", "f")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_linked_output_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to("real")
+    staged(tmp_path / "link", overwrite=True).publish()
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["new"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_side_files_of_all_kinds(tmp_path):
+    """Linked folders belong to the checkpoint, once; pipes, and the states of a training, do not."""
+    root, other = tmp_path / "base", tmp_path / "other"
+    save(root / "model.safetensors", one())
+    other.mkdir()
+    (other / "a.txt").touch()
+    (other / "back").symlink_to(root)
+    (root / "linked").symlink_to(other)
+    (root / "up").symlink_to(tmp_path)
+    (root / "checkpoint-500").mkdir()
+    (root / "checkpoint-500" / "rng.txt").touch()
+    os.mkfifo(root / "pipe")
+    (root / "pytorch_model.bin").symlink_to("pruned")
+    checkpoint = open_checkpoint(root)
+    assert checkpoint.side_files == (PurePosixPath("linked/a.txt"),)
+    assert checkpoint.stale_files == (PurePosixPath("pytorch_model.bin"),)
+    (root / "vocab.txt").symlink_to("missing")
+    with pytest.raises(AccessError, match=r"vocab\.txt is a link"):
+        open_checkpoint(root)
+
+
 # Sizes
 
 

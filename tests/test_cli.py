@@ -84,6 +84,8 @@ def overflowing(folder: Path) -> Path:
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--max-memory", "1MB"], 5, "too few"),
         (["rotation", "{adapter}", "-o", "{out}", "--layer", "nothing*"], 3, "no layer"),
         (["rotation", "{adapter}", "-o", "{base}"], 2, "exists"),
+        (["rotation", "{adapter}", "-o", "{adapter}/adapter_model.safetensors", "--overwrite"], 2, "adapter's folder"),
+        (["rotation", "{adapter}", "-o", "{adapter}/new/r.safetensors"], 2, "adapter's folder"),
     ],
 )
 def test_failures(base: Path, adapter: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -134,6 +136,32 @@ def test_interrupted(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "hint"), [("merge", "Go on with --resume."), ("inspect", None)])
+def test_interrupted_as_json(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, hint: str | None
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("boft_export.planning.inputs.Sources.__init__", interrupt)
+    more = [adapter, "-o", tmp_path / "out"] if command == "merge" else []
+    done = run(command, base, *more, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.exit_code, error["exit_code"], error["hint"]) == (130, 130, hint)
+    assert ("--resume" in done.stderr) == (hint is not None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_full_stdout(base: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "boft_export", "inspect", str(base), *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_inspect(base: Path, adapter: Path) -> None:

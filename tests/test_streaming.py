@@ -719,7 +719,9 @@ def test_file_that_can_not_grow(job: Job, tmp_path: Path) -> None:
     status, errors = run(LIMITED, base=job.base, adapters=job.adapter, output=tmp_path / "work" / "out")
     assert status == boft_export.AccessError.exit_code, errors
     assert "cannot write" in errors
-    assert left(tmp_path / "work") == []
+    assert not (tmp_path / "work" / "out").exists()
+    assert boft_export.merge(job.base, job.adapter, tmp_path / "work" / "out", resume=True).output.exists()
+    assert digests(tmp_path / "work" / "out") == job.files
 
 
 @pytest.fixture
@@ -829,7 +831,7 @@ def test_base_that_vanishes_while_it_is_read(job: Job, tmp_path: Path) -> None:
             max_memory=job.least,
             progress=lambda *_: last.unlink(missing_ok=True),
         )
-    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.boft-export", "base"]
 
 
 @pytest.mark.parametrize("name", ["base/model.safetensors", "base/config.json", "adapter/adapter_model.safetensors"])
@@ -851,15 +853,104 @@ def test_input_that_changes_after_it_was_read(tmp_path: Path, name: str, how: st
     error = boft_export.AccessError if how == "removed" else boft_export.DamagedFileError
     with pytest.raises(error):
         boft_export.merge(base, adapter, tmp_path / "out", progress=change)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    kept = [".out.boft-export"] if how == "removed" else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "adapter", "base"]
 
 
-def test_failing_callback(job: Job, tmp_path: Path) -> None:
-    """What the caller's own code raises comes through, and leaves nothing behind."""
+@pytest.mark.parametrize("resume", [True, False])
+def test_failing_callback(job: Job, tmp_path: Path, *, resume: bool) -> None:
+    """What the caller's own code raises comes through; what is finished stays, and is not discarded in silence."""
 
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError
+    def fail(done: int, total: int, _: str) -> None:
+        if done > total // 2:
+            raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         boft_export.merge(job.base, job.adapter, tmp_path / "out", progress=fail)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [".out.boft-export"]
+    result = boft_export.merge(job.base, job.adapter, tmp_path / "out", resume=resume)
+    assert bool(result.resumed) == resume
+    assert [n.code for n in result.plan.notices if n.code == "started-over"] == ([] if resume else ["started-over"])
+    assert digests(tmp_path / "out") == job.files
+
+
+# Measures and notices
+
+
+def test_large_weights_in_float32(tmp_path: Path) -> None:
+    """Their squares overflow float32."""
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.randn(8, 16) * 1e25})
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("a", 16, 8))
+    result = boft_export.merge(base, adapter, tmp_path / "out", compute_dtype="float32")
+    assert 0 < result.manifest["tensors"]["a.weight"]["relative_change"] < 10
+
+
+def test_replaced_tensors_have_no_measures(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.randn(8, 16), "head.weight": torch.randn(4, 8)})
+    head = {"base_model.model.head.weight": torch.randn(4, 8)}
+    config = {"modules_to_save": ["head"]}
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("a", 16, 8) | head, config)
+    record = boft_export.merge(base, adapter, tmp_path / "out").manifest["tensors"]["head.weight"]
+    assert record["action"] == "replace"
+    assert not {"changed_elements", "relative_change", "rounding_loss"} & record.keys()
+
+
+def scaled(module: str, factor: float, seed: int) -> dict[str, Tensor]:
+    """Return a layer's tensors with its rotation made smaller and no scales."""
+    tensors = boft_tensors(module, 16, 8, seed=seed)
+    return {k: torch.ones_like(t) if k.endswith("boft_s") else t * factor for k, t in tensors.items()}
+
+
+def test_effect_is_judged_layer_by_layer(tmp_path: Path) -> None:
+    """Some layers lost are a warning; all trained ones lost are a failure, whatever else there is."""
+    weights = {f"{m}.weight": torch.randn(8, 16, generator=generator(i)).bfloat16() for i, m in enumerate("abc")}
+    base = write_checkpoint(tmp_path / "base", weights)
+    faint = scaled("b", 1e-9, 1)
+    some = write_adapter(tmp_path / "some", scaled("a", 1, 0) | faint | scaled("c", 0, 2))
+    none = write_adapter(tmp_path / "none", faint | scaled("c", 0, 2))
+
+    result = boft_export.merge(base, some, tmp_path / "out")
+    (notice,) = (n for n in result.plan.notices if n.code == "lost-effect")
+    assert "1 of 2 tensors" in notice.message
+    assert notice.message.endswith("b.weight")
+    assert notice.message in (tmp_path / "out" / "README.md").read_text()
+    assert any(n["code"] == "lost-effect" for n in result.manifest["notices"])
+    with pytest.raises(boft_export.CheckFailedError, match="changed no element of 1 "):
+        boft_export.merge(base, none, tmp_path / "out-2")
+    assert not any(p.name.startswith(("out-2", ".out")) for p in tmp_path.iterdir())
+
+
+def test_rotation_that_can_not_be_built(tmp_path: Path) -> None:
+    """Its values are finite, and what is computed of them is not."""
+    tensors = boft_tensors("a", 16, 8)
+    tensors["base_model.model.a.boft_R"] = torch.full((2, 4, 4, 4), 1.7e308, dtype=torch.float64).triu(1)
+    tensors["base_model.model.a.boft_R"] -= tensors["base_model.model.a.boft_R"].mT.clone()
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.randn(8, 16)})
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(boft_export.InputError, match=r"^a: .* too large"):
+        boft_export.merge(base, adapter, tmp_path / "out")
+
+
+# The model card
+
+
+@pytest.mark.parametrize("tags", ["[{a: b}, kept]", "kept", "[[1]]"])
+def test_odd_tags_in_the_card(tmp_path: Path, tags: str) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.randn(8, 16)})
+    (base / "README.md").write_text(f"---\ntags: {tags}\n---\n")
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("a", 16, 8))
+    boft_export.merge(base, adapter, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("- kept\n" in card) == ("{" in tags)
+    assert "- boft\n" in card
+
+
+def test_card_names_no_other_base(tmp_path: Path) -> None:
+    """An adapter's base id is taken only where nothing speaks against it."""
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("a", 16, 8), {"base_model_name_or_path": "org/other"})
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.randn(8, 16)}, {"_name_or_path": "org/this"})
+    result = boft_export.merge(base, adapter, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    other = any(n.code == "other-base" and n.level is boft_export.Level.WARNING for n in result.plan.notices)
+    assert other
+    assert "base_model:" not in card

@@ -77,7 +77,7 @@ class Staging:
 
     def __init__(self, output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         check_output(output, overwrite=overwrite)
-        self.output = output
+        self.output = output = _place(output)
         self.root = output.parent / f".{output.name}.boft-export"
         self.files = self.root / _FILES
         self.done: dict[str, Mapping[str, Any]] = {}
@@ -96,7 +96,7 @@ class Staging:
                         f"{self.root} was begun with other inputs or settings and can't be resumed.",
                         hint="Run without --resume to start over.",
                     )
-                self.discarded = previous is not None
+                self.discarded = previous is not None and bool(previous[1])
                 shutil.rmtree(self.files, ignore_errors=True)
                 self.files.mkdir()
             # What was being written when a run was killed is not in the journal.
@@ -155,10 +155,17 @@ class Staging:
                 _sync_folder(folder)
             if self.output.is_dir() and any(self.output.iterdir()):
                 # What is replaced comes to lie where the finished files were: no later run may take it for them.
-                (self.root / _JOURNAL).unlink()
-                _exchange(self.files, self.output)
+                journal = self.root / _JOURNAL
+                aside = journal.rename(self.root / f"{_JOURNAL}.aside")
+                try:
+                    _exchange(self.files, self.output)
+                except OSError:
+                    aside.rename(journal)
+                    raise
             else:
                 self.files.replace(self.output)
+        # The output is there: that its name may not outlast a power failure is no reason to call the run failed.
+        with contextlib.suppress(OSError):
             _sync_folder(self.output.parent)
         self.discard()
 
@@ -176,10 +183,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that may not be written.
 
     Raises:
-        UsageError: If it is a file, or a folder with content and ``overwrite`` is off.
+        UsageError: If it is a file, a folder that can't be replaced, or one with content and ``overwrite`` is off.
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} exists and is not a folder.", hint="Choose another -o.")
+    real = Path(os.path.realpath(output))
+    with contextlib.suppress(FileNotFoundError):
+        if Path.cwd().is_relative_to(real):
+            raise UsageError(f"{output} is, or holds, the current folder.", hint="Name a folder in it: -o merged.")
+    if os.path.ismount(real):
+        raise UsageError(f"{output} is a mount point, which can't be replaced.", hint=f"Use -o {output / 'merged'}.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"{output} exists.", hint="Choose another -o, or replace it with --overwrite.")
 
@@ -189,6 +202,11 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _place(output: Path) -> Path:
+    """Return the path that can be renamed to: what a link points at, and a name in place of ``..``."""
+    return Path(os.path.realpath(output)) if output.is_symlink() or output.name in {"", ".."} else output
 
 
 def _size(path: Path) -> int:
@@ -216,4 +234,8 @@ def _exchange(new: Path, old: Path) -> None:
                 return
     aside = new.with_name("replaced")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise

@@ -44,7 +44,7 @@ def command(
     no_progress: opt.NoProgress = False,
 ) -> None:
     """Fold adapters into a base checkpoint and write a plain one."""
-    out = Output(as_json, quiet, verbose, no_progress)
+    out = Output(as_json, quiet, verbose, no_progress, resumable=not dry_run)
     with reported(out):
         from boft_export.planning.inputs import Sources
 

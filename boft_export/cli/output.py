@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from boft_export.errors import BoftExportError, Level, Notice
+from boft_export.errors import EXIT_INTERRUPTED, BoftExportError, Level, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,12 +28,14 @@ class Output:
         quiet: Print errors only.
         verbose: 1 for everything noted, 2 for tracebacks too.
         no_progress: Show no progress bar.
+        resumable: The command can go on with what an interrupted run has done.
     """
 
     as_json: bool = False
     quiet: bool = False
     verbose: int = 0
     no_progress: bool = False
+    resumable: bool = False
 
     @property
     def _err(self) -> Console:
@@ -50,6 +53,8 @@ class Output:
         """Print a JSON document, if that is what was asked for."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+            # A full disk must be noticed while it can still be said.
+            sys.stdout.flush()
 
     def line(self, text: str, style: str | None = None) -> None:
         """Print a line of the result."""
@@ -88,7 +93,7 @@ class Output:
         """Print a failure: what was expected, what was found, one next step."""
         from boft_export.report.merge_report import error_document
 
-        self.document(error_document(error))
+        self._failure(error_document(error))
         self._err.print(f"error: {error.message}", style="bold red", markup=False)
         if error.hint:
             self._err.print(f"  {error.hint}", markup=False)
@@ -96,13 +101,17 @@ class Output:
 
     def interrupted(self) -> None:
         """Say that the user stopped the run."""
-        self._err.print("interrupted; nothing was published. Go on with --resume.", style="yellow", markup=False)
+        message = "interrupted; nothing was published."
+        hint = "Go on with --resume." if self.resumable else None
+        error = {"type": "KeyboardInterrupt", "exit_code": EXIT_INTERRUPTED, "message": message, "hint": hint}
+        self._failure({"schema_version": 1, "error": error, "notices": []})
+        self._err.print(f"{message} {hint or ''}".rstrip(), style="yellow", markup=False)
         self.trace()
 
     def bug(self, error: BaseException) -> None:
         """Print a failure of ours."""
         text = f"internal error: {type(error).__name__}: {error}"
-        self.document(
+        self._failure(
             {"schema_version": 1, "error": {"type": type(error).__name__, "exit_code": 70, "message": str(error)}}
         )
         self._err.print(text, style="bold red", markup=False)
@@ -140,6 +149,22 @@ class Output:
             task = bar.add_task(label, total=None)
             yield lambda done, total, _name: bar.update(task, completed=done, total=total)
 
+    def _failure(self, document: Mapping[str, Any]) -> None:
+        """Print a failure's document; that stdout is full must not hide what happened."""
+        try:
+            self.document(document)
+            sys.stdout.flush()
+        except OSError:
+            give_up_stdout()
+
     @property
     def _plain(self) -> bool:
         return not (self.as_json or self.quiet)
+
+
+def give_up_stdout() -> None:
+    """Send the rest of stdout to nowhere, else Python fails on it once more and exits with a code of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
-from boft_export.cli.output import Output
-from boft_export.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, BoftExportError, ResourceError
+from boft_export.cli.output import Output, give_up_stdout
+from boft_export.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, AccessError, BoftExportError, ResourceError
 
 
 @contextmanager
@@ -29,7 +29,12 @@ def reported(output: Output) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read our output has enough of it.
+        give_up_stdout()
         raise typer.Exit(0) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        output.error(AccessError(f"the system failed: {where}{error.strerror or error}."))
+        raise typer.Exit(AccessError.exit_code) from None
     except Exception as error:  # noqa: BLE001  # whatever is left is a bug of ours, and is said to be one
         if type(error).__name__ == "OutOfMemoryError":
             failed = ResourceError("the GPU is out of memory.", hint="Use --device cpu, or free the GPU.")

@@ -135,4 +135,6 @@ def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
 
 
 def _squares(x: Tensor) -> float:
+    # In float32 the squares of large weights overflow.
+    x = x.to(torch.float64)
     return float(torch.dot(x, x))

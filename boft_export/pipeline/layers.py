@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
-from boft_export.errors import Level, Notice
+from boft_export.errors import InputError, Level, Notice
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
 from boft_export.linalg.planner import SMALLEST_STAGE
@@ -41,17 +41,36 @@ def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
     """Return a layer's R, factor by factor as it was trained, and s; float64 on the CPU.
 
     Raises:
+        InputError: If the trained values give no rotation.
         AccessError: If the adapter's file cannot be read.
     """
-    blocks = _ORTHOGONAL[layer.parametrization](read_tensor(source.refs[layer.blocks]))
+    trained = read_tensor(source.refs[layer.blocks])
+    try:
+        blocks = _ORTHOGONAL[layer.parametrization](trained)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not marked so
+        raise _no_rotation(source, layer) from error
+    if not torch.isfinite(blocks).all():
+        raise _no_rotation(source, layer)
     index = _INDEX[layer.pairing]
     factors = (Factor(blocks[i], index(i, layer.num_blocks, layer.block_size)) for i in range(layer.num_factors))
     scale = None if layer.scale is None else read_tensor(source.refs[layer.scale]).reshape(-1)
     return LayerOperator(Rotation(tuple(factors)), scale)
 
 
+def _no_rotation(source: SourcedAdapter, layer: AdapterLayer) -> InputError:
+    return InputError(
+        f"{layer.module}: the values in {source.name} are too large to give a rotation.",
+        hint="The training diverged, or the file is damaged. Use an earlier adapter.",
+    )
+
+
 def check_values(source: SourcedAdapter) -> list[Notice]:
     """Read every trained tensor of an adapter and note what no header shows: damage, zeros, no training at all."""
+    return inspect_values(source)[0]
+
+
+def inspect_values(source: SourcedAdapter) -> tuple[list[Notice], list[str]]:
+    """Return what ``check_values`` notes, and the modules that are untrained."""
     notices = []
     untrained = []
     for layer in source.adapter.layers:
@@ -73,7 +92,7 @@ def check_values(source: SourcedAdapter) -> list[Notice]:
         count = f"{len(untrained)} of {len(source.adapter.layers)} layers"
         message = f"{count} are untrained (no rotation, all scales 1) and leave their weights as they are"
         notices.append(Notice(Level.WARNING, "untrained", source.name, f"{message}; the first: {untrained[0]}"))
-    return notices
+    return notices, untrained
 
 
 class LayerCache:

@@ -55,7 +55,8 @@ def tensor_record(result: TensorResult) -> dict[str, Any]:
     record: dict[str, Any] = {"action": plan.action.value, "dtype": plan.dtype, "shape": list(plan.shape)}
     if plan.source.name != plan.name or plan.source is not plan.base:
         record["source"] = plan.source.name
-    if result.measure is not None and plan.action is not Action.COPY:
+    # What an adapter replaces or adds was measured against its own values, which says nothing of the base's.
+    if result.measure is not None and plan.action in (Action.FOLD, Action.CONVERT):
         record["changed_elements"] = result.measure.changed
         record["relative_change"] = result.measure.relative_change
         record["rounding_loss"] = result.measure.rounding_loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from boft_export.checkpoint.staging import file_system_errors
 from boft_export.errors import (
     CheckFailedError,
     DamagedFileError,
+    InputError,
     Level,
     Notice,
     ResourceError,
@@ -22,9 +23,9 @@ from boft_export.errors import (
     raise_for_errors,
 )
 from boft_export.pipeline.engine import Engine, Progress, RunResult, TensorResult, run_plan
-from boft_export.pipeline.layers import check_values
+from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import MANIFEST_NAME, dump, manifest
-from boft_export.pipeline.model_card import model_card
+from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.prepare import prepare
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import Action, FoldPlan
@@ -88,7 +89,7 @@ def merge(
         progress: Called with bytes written, bytes in all, and the tensor's name.
 
     Raises:
-        CheckFailedError: If the result equals the base though the adapter is trained.
+        CheckFailedError: If no rotated tensor differs from the base's though the adapter is trained.
         UsageError: If an argument can't be understood, or ``output`` may not be written.
         InputError: If inputs don't fit together or are damaged.
         AccessError: If the Hub or the file system fails.
@@ -113,8 +114,9 @@ def merge(
         sources=sources,
     )
     plan, target = ready.plan, ready.output
-    values = [n for a in plan.adapters for n in check_values(a)]
-    plan = replace(plan, notices=(*values, *plan.notices))
+    values = [inspect_values(a) for a in plan.adapters]
+    untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
+    plan = replace(plan, notices=(*(n for notices, _ in values for n in notices), *plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
 
     settings: dict[str, Any] = {
@@ -125,23 +127,31 @@ def merge(
         "torch": torch.__version__,
     }
     fingerprint = _fingerprint(plan, settings)
+    # A card that can't be made must not cost the work of a run.
+    card = card_metadata(plan)
     staging = Staging(target, fingerprint, resume=resume, overwrite=overwrite)
     try:
         _check_disk(plan, staging)
         engine = Engine(devices, COMPUTE_DTYPES[compute_dtype], ready.jobs, ready.memory)
         run = run_plan(plan, staging, engine, progress)
         _check_inputs(plan, fingerprint, settings)
-        _check_effect(plan, run, values)
+        plan = replace(plan, notices=(*plan.notices, *_check_effect(plan, run, untrained)))
         record = manifest(plan, run, settings)
-        _write_side_files(plan, staging, dump(record))
+        _write_side_files(plan, staging, dump(record), model_card(plan, card))
         staging.publish()
-    except (ResourceError, KeyboardInterrupt):
+    except (InputError, CheckFailedError):
+        # Another run over the same inputs would end the same.
+        staging.discard()
+        raise
+    except BaseException:
         # What is finished stays for --resume.
         staging.keep()
         raise
-    except BaseException:
-        staging.discard()
-        raise
+    if staging.discarded:
+        # Only said here: the output's bytes must not depend on what was before.
+        message = "the finished files of an earlier run were discarded"
+        notice = Notice(Level.WARNING, "started-over", str(output), message, "Give --resume to take them over.")
+        plan = replace(plan, notices=(*plan.notices, notice))
     return MergeResult(target, plan, run.tensors, run.resumed, record)
 
 
@@ -166,22 +176,44 @@ def _check_disk(plan: FoldPlan, staging: Staging) -> None:
         )
 
 
-def _check_effect(plan: FoldPlan, run: RunResult, values: Sequence[Notice]) -> None:
-    """Fail where a trained adapter changed nothing: its whole effect was lost in rounding."""
-    folded = [r for r in run.tensors if r.plan.action is Action.FOLD]
-    changed = any(r.measure is not None and r.measure.changed for r in folded)
-    if not folded or changed or plan.count(Action.REPLACE) or plan.count(Action.ADD):
-        return
-    if any(n.code == "untrained" and n.level is Level.WARNING for n in values):
-        return
-    raise CheckFailedError(
-        f"the merge changed no element of {len(folded)} rotated tensors: the adapter's effect is below the output's "
-        "precision.",
-        hint="Write a wider dtype: --dtype float32.",
+def _check_effect(plan: FoldPlan, run: RunResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
+    """Note trained layers that changed nothing, as their effect was lost in rounding; fail where all were.
+
+    Args:
+        plan: What was to be done.
+        run: What was done.
+        untrained: Layers that were to change nothing, each by its adapter's number and its module.
+    """
+    trained = lost = 0
+    first = ""
+    for result in run.tensors:
+        measure = result.measure
+        # Of zeros a rotation makes zeros: nothing is lost there.
+        if result.plan.action is not Action.FOLD or measure is None or not measure.source:
+            continue
+        if all((s.adapter, s.layer.module) in untrained for s in result.plan.steps):
+            continue
+        trained += 1
+        if not measure.changed:
+            lost += 1
+            first = first or result.plan.name
+    if not lost:
+        return []
+    hint = "Write a wider dtype: --dtype float32."
+    if lost == trained and not (plan.count(Action.REPLACE) or plan.count(Action.ADD)):
+        raise CheckFailedError(
+            f"the merge changed no element of {lost} rotated tensors: the adapter's effect is below the output's "
+            "precision.",
+            hint=hint,
+        )
+    message = (
+        f"{lost} of {trained} tensors with trained rotations are as in the base: the effect is below the output's "
+        f"precision; the first: {first}"
     )
+    return [Notice(Level.WARNING, "lost-effect", "", message, hint)]
 
 
-def _write_side_files(plan: FoldPlan, staging: Staging, manifest_text: str) -> None:
+def _write_side_files(plan: FoldPlan, staging: Staging, manifest_text: str, card: str) -> None:
     for side in plan.side_files:
         with staging.write(str(side.name)) as file:
             if side.source is not None:
@@ -189,6 +221,6 @@ def _write_side_files(plan: FoldPlan, staging: Staging, manifest_text: str) -> N
                     shutil.copyfileobj(source, file)
             else:
                 file.write((side.text or "").encode())
-    for name, text in ((MANIFEST_NAME, manifest_text), ("README.md", model_card(plan))):
+    for name, text in ((MANIFEST_NAME, manifest_text), ("README.md", card)):
         with staging.write(name) as file:
             file.write(text.encode())

@@ -14,19 +14,20 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
 _KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
 
 
-def model_card(plan: FoldPlan) -> str:
-    """Return the card of a merged checkpoint: what it is made of, and what of it is not the base's."""
+def card_metadata(plan: FoldPlan) -> str:
+    """Return the card's metadata as YAML."""
     from huggingface_hub import ModelCardData
 
-    base_id = plan.base.repo_id or next(
-        (a.adapter.base_model for a in plan.adapters if a.adapter.base_model and _HUB_ID.match(a.adapter.base_model)),
-        None,
-    )
+    base_id = _base_id(plan)
     metadata = _base_metadata(plan)
     metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), "boft", "merged-adapter"]))
     if base_id:
         metadata |= {"base_model": base_id, "base_model_relation": "finetune"}
-    front = ModelCardData(**metadata).to_yaml()
+    return ModelCardData(**metadata).to_yaml()
+
+
+def model_card(plan: FoldPlan, metadata: str) -> str:
+    """Return the card of a merged checkpoint: what it is made of, and what of it is not the base's."""
     adapters = ", then ".join(f"`{a.name}` ({a.adapter.format})" for a in plan.adapters)
     counts = ", ".join(
         f"{plan.count(action)} {verb}"
@@ -43,8 +44,8 @@ def model_card(plan: FoldPlan) -> str:
         f"# {plan.base.name.rsplit('/', 1)[-1]} with its adapter merged",
         "",
         (
-            f"`{base_id or plan.base.name}` with {adapters} folded into its weights by boft-export {__version__}. "
-            "It loads like the base and needs no adapter library."
+            f"`{_base_id(plan) or plan.base.name}` with {adapters} folded into its weights by boft-export "
+            f"{__version__}. It loads like the base and needs no adapter library."
         ),
         "",
         f"Tensors: {counts}. `boft_export.json` has the inputs' hashes and what was done to each tensor.",
@@ -52,7 +53,15 @@ def model_card(plan: FoldPlan) -> str:
     warnings = [n for n in plan.notices if n.level is Level.WARNING]
     if warnings:
         lines += ["", "Noted while merging:", "", *(f"- {n}" for n in warnings)]
-    return f"---\n{front}\n---\n\n" + "\n".join(lines) + "\n"
+    return f"---\n{metadata}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _base_id(plan: FoldPlan) -> str | None:
+    """Return the base's Hub id: its own, or the one that an adapter names where that is no other base."""
+    if plan.base.repo_id or any(n.code == "other-base" and n.level is Level.WARNING for n in plan.notices):
+        return plan.base.repo_id
+    named = (a.adapter.base_model for a in plan.adapters)
+    return next((n for n in named if n and _HUB_ID.match(n)), None)
 
 
 def _base_metadata(plan: FoldPlan) -> dict[str, Any]:
@@ -66,6 +75,7 @@ def _base_metadata(plan: FoldPlan) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError, YAMLError):
         found = None
     kept = {k: v for k, v in (found or {}).items() if k in _KEPT and v}
-    if not isinstance(kept.get("tags", []), list):
-        del kept["tags"]
+    tags = kept.pop("tags", None)
+    if isinstance(tags, list):
+        kept["tags"] = [t for t in tags if isinstance(t, str)]
     return kept

@@ -12,6 +12,7 @@ from boft_export.errors import InputError, ResourceError, UsageError, raise_for_
 from boft_export.pipeline.engine import Progress
 from boft_export.pipeline.layers import build_layer, check_values
 from boft_export.pipeline.torch_io import as_bytes
+from boft_export.planning import SourcedAdapter
 from boft_export.planning.inputs import Ref, Sources
 
 
@@ -54,7 +55,7 @@ def write_rotations(
         progress: Called with bytes written, bytes in all, and the layer's name.
 
     Raises:
-        UsageError: If ``output`` exists.
+        UsageError: If ``output`` exists, or lies in the adapter's folder.
         InputError: If no layer matches, or the adapter is damaged.
         AccessError: If a file can't be read or written.
         ResourceError: If the disk is too small.
@@ -63,6 +64,7 @@ def write_rotations(
     if target.is_dir() or (target.exists() and not overwrite):
         raise UsageError(f"{target} exists.", hint="Choose another -o, or replace it with --overwrite.")
     source = (sources or Sources()).adapter(adapter)
+    _keep_off_adapter(target, adapter, source)
     raise_for_errors(source.adapter.notices, "the adapter can't be read")
     raise_for_errors(check_values(source), "the adapter can't be used")
     layers = [x for x in source.adapter.layers if fnmatchcase(x.module, layer)]
@@ -96,3 +98,14 @@ def write_rotations(
             group = item.run_size(0, item.num_factors)
             written.append(DenseRotation(item.module, item.num_features, group, built.rotation.residual()))
     return written
+
+
+def _keep_off_adapter(output: Path, adapter: Ref, source: SourcedAdapter) -> None:
+    """Refuse an output in the adapter's folder, as given or as found: inputs are never written to."""
+    target = output.resolve()
+    given = [Path(adapter)] if Path(adapter).exists() else []
+    for place in (source.root, source.weights.path, *given):
+        if target.is_relative_to(place.resolve()):
+            raise UsageError(
+                f"{output} would write into the adapter's folder {source.root}.", hint="Choose a place outside of it."
+            )
