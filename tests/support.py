@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -100,3 +102,14 @@ def expected_merge(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     scale = next(v for k, v in tensors.items() if k.endswith("boft_s")).double().reshape(-1, 1)
     flat = weight.double().reshape(weight.shape[0], -1)
     return (scale * (flat @ butterfly_matrix(blocks).T)).reshape(weight.shape)
+
+
+def load_tool(name: str) -> ModuleType:
+    """Return one of the scripts in tools/ as a module."""
+    path = Path(__file__).parent.parent / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

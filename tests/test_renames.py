@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import transformers
+from support import load_tool
 
 from boft_export.planning import renames
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_table_is_up_to_date() -> None:
@@ -19,13 +16,7 @@ def test_table_is_up_to_date() -> None:
     table = json.loads(renames._TABLE.read_text())
     if table["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {table['transformers']}")
-    path = ROOT / "tools" / "make_renames.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert table["renames"] == tool.renames()
+    assert table["renames"] == load_tool("make_renames").renames()
 
 
 @pytest.mark.parametrize(

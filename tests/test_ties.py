@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 import transformers
 from peft import BOFTConfig, get_peft_model
 from peft_cpu import enable_butterflies_on_cpu
+from support import load_tool
 
 import boft_export
 from boft_export.planning import ties
 
-ROOT = Path(__file__).parent.parent
 SMALL = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -93,10 +92,4 @@ def test_table_is_up_to_date() -> None:
     table = json.loads(ties._TABLE.read_text())
     if table["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {table['transformers']}")
-    path = ROOT / "tools" / "make_ties.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert table["ties"] == tool.ties()
+    assert table["ties"] == load_tool("make_ties").ties()
