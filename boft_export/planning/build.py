@@ -3,62 +3,29 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from pathlib import PurePosixPath
 
 from boft_export.adapters import AdapterLayer, Replacement, ReplacementKind
-from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, Shard, TensorRef, index_json, keep_shards, split_shards
-from boft_export.checkpoint.layout import safetensors_name
-from boft_export.errors import Level, Notice
+from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, TensorRef
+from boft_export.errors import Level
 from boft_export.planning.config_edits import (
-    apply_edits,
     resize_vocabulary,
     set_architecture,
     set_dtype,
     set_labels,
-    trained_class,
-    untie,
 )
-from boft_export.planning.model import Action, ConfigEdit, FoldPlan, Segment, SideFile, Step, TensorPlan
+from boft_export.planning.draft import Draft, Slot
+from boft_export.planning.model import FoldPlan, Step
 from boft_export.planning.names import Rule, find_rules, fused_parent, near_matches, spellings
-from boft_export.planning.renames import names_in_memory
+from boft_export.planning.output import lay_out, side_files
 from boft_export.planning.sourced import SourcedAdapter
 from boft_export.planning.tables import (
-    HEADS_IN_MEMORY,
     LABEL_WEIGHTS,
-    SCALED_TIED_HEADS,
     TIED_HEADS,
-    TOKENIZER_FILES,
 )
-from boft_export.planning.ties import tied_pairs
-
-# Files that the output has of its own.
-OWN_FILES = {"boft_export.json", "README.md"}
-
-_COMPARED = 1 << 20
-_PART_NUMBER = re.compile(r"-\d+-of-\d+$")
-
-
-@dataclass
-class _Slot:
-    """One tensor of the output while the plan is made."""
-
-    base: TensorRef | None
-    source: TensorRef
-    steps: list[tuple[int, int, Step]] = field(default_factory=list)
-    """Each step with the rows it applies to, half open."""
-
-    @property
-    def resized(self) -> bool:
-        return self.base is not None and self.source.shape != self.base.shape
-
-    @property
-    def changed(self) -> bool:
-        return bool(self.steps) or self.source is not self.base
+from boft_export.planning.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -87,35 +54,22 @@ def make_plan(
     return _Planner(base, adapters, dtype, max_shard_bytes).plan()
 
 
-class _Planner:
+class _Planner(Draft):
     def __init__(
         self, base: Checkpoint, adapters: Sequence[SourcedAdapter], dtype: str | None, max_shard_bytes: int | None
     ) -> None:
-        self.base = base
-        self.adapters = tuple(adapters)
+        super().__init__(base, adapters)
         self.dtype = dtype
         self.max_shard_bytes = max_shard_bytes
-        self.in_memory = names_in_memory(base.config, base.tensors)
-        self.slots = {name: _Slot(ref, ref) for name, ref in base.tensors.items()}
-        self.notices: list[Notice] = base.notices()
-        self.edits: list[ConfigEdit] = []
         self.rules: list[list[Rule]] = []
         self.splits: dict[str, tuple[tuple[int, int], str]] = {}
-        self.stripped = ""
-        """The prefix that the base's names lack, as those of a bare encoder do."""
-        self.resized = False
-        self.untied = False
-        self.still_tied: set[str] = set()
-
-    def note(self, level: Level, code: str, subject: str, message: str, hint: str | None = None) -> None:
-        self.notices.append(Notice(level, code, subject, message, hint))
+        self.ties = Ties(self)
 
     def plan(self) -> FoldPlan:
         for position, adapter in enumerate(self.adapters):
             self._add_adapter(position, adapter)
-        self._check_vocabularies()
-        self._settle_ties()
-        self._complete_ties()
+        self.ties.check_vocabularies()
+        self.ties.settle()
         if self.dtype is not None and "quantization_config" in self.base.config:
             self.note(
                 Level.ERROR,
@@ -128,13 +82,13 @@ class _Planner:
             self.edits += set_dtype(self.base.config, FLOAT_DTYPES[self.dtype])
         # Two findings may ask for the same change; without a config there is nothing to change.
         self.edits = list({e.path: e for e in self.edits}.values()) if self.base.config_text is not None else []
-        shards = self._shards()
+        shards = lay_out(self, self.dtype, self.max_shard_bytes)
         self.notices.sort(key=lambda n: list(Level).index(n.level))
         return FoldPlan(
             base=self.base,
             adapters=self.adapters,
             shards=tuple(shards),
-            side_files=tuple(self._side_files(shards)),
+            side_files=tuple(side_files(self, shards)),
             edits=tuple(self.edits),
             notices=tuple(dict.fromkeys(self.notices)),
             renames=tuple(tuple(str(r) for r in rules) for rules in self.rules),
@@ -147,7 +101,7 @@ class _Planner:
         self.notices += adapter.notices
         self._compare_base(source)
         wanted = [layer.weight for layer in adapter.layers] + [r.name for r in adapter.replacements]
-        wanted = [name for name in wanted if self._tied_head(name) is None]
+        wanted = [name for name in wanted if self.ties.head_on_disk(name) is None]
         rules, ambiguities = find_rules(
             wanted, [*self.slots, *self.in_memory], lambda name: self._find(name, ()) is not None
         )
@@ -220,7 +174,7 @@ class _Planner:
 
     def _place(self, layer: AdapterLayer, rules: Sequence[Rule]) -> _Place | None:
         """Find a layer's weight and check that the layer fits it; problems are noted."""
-        found = self._find(layer.weight, rules) or self._untie_target(layer)
+        found = self._find(layer.weight, rules) or self.ties.give_own(layer)
         if found is None:
             near = near_matches(layer.weight, self.slots)
             self.note(
@@ -361,10 +315,10 @@ class _Planner:
                 self._set_labels(item.name, ref)
                 if _has_labels(item.name):
                     # The base's head may have been for another task.
-                    self.edits += set_architecture(self.base.config, self._trained_class(source)) or []
+                    self.edits += set_architecture(self.base.config, self.trained_class(source)) or []
 
     def _find_replaced(self, item: Replacement, rules: Sequence[Rule]) -> str | None:
-        tied = self._tied_head(item.name)
+        tied = self.ties.head_on_disk(item.name)
         names = [*spellings(item.name, rules), *(tied[:1] if tied else ())]
         names = [self.in_memory.get(n, n) if n not in self.slots else n for n in names]
         return next((n for n in names if n in self.slots), None)
@@ -399,7 +353,7 @@ class _Planner:
         )
         return False
 
-    def _resize(self, name: str, slot: _Slot, ref: TensorRef, source: SourcedAdapter) -> None:
+    def _resize(self, name: str, slot: Slot, ref: TensorRef, source: SourcedAdapter) -> None:
         if slot.base is None or not _is_vocabulary(name):
             return
         rows, old = ref.shape[0], slot.base.shape[0]
@@ -417,15 +371,15 @@ class _Planner:
             )
 
     def _add(self, source: SourcedAdapter, item: Replacement, ref: TensorRef) -> None:
-        tied = self._tied_head(item.name)
+        tied = self.ties.head_on_disk(item.name)
         if tied is not None:
             head, embedding = tied
             if self._check_shape(item, self.base.tensors[embedding], ref):
-                self.slots[head] = _Slot(None, ref)
+                self.slots[head] = Slot(None, ref)
             return
         if item.may_add:
-            self.slots[item.name] = _Slot(None, ref)
-            trained = self._trained_class(source)
+            self.slots[item.name] = Slot(None, ref)
+            trained = self.trained_class(source)
             own = [str(a) for a in self.base.config.get("architectures") or ()]
             if trained is not None and trained in own:
                 message = f"the base lacks it, though it is a {trained} as the adapter's model was; it is added"
@@ -433,7 +387,7 @@ class _Planner:
             else:
                 self.note(Level.INFO, "added", item.name, "the base lacks it; it is added")
             self._set_labels(item.name, ref)
-            edits = set_architecture(self.base.config, self._trained_class(source))
+            edits = set_architecture(self.base.config, self.trained_class(source))
             if edits is None:
                 self.note(
                     Level.WARNING,
@@ -458,241 +412,10 @@ class _Planner:
         if _has_labels(name) and len(ref.shape) == 2:
             self.edits += set_labels(self.base.config, ref.shape[0])
 
-    # Ties
 
-    def _tied_head(self, name: str) -> tuple[str, str] | None:
-        """Return a head that the files leave to an embedding, by the name it would have in them, and the embedding."""
-        tensors = self.base.tensors
-        if name in tensors or _tied_setting(self.base) is False:
-            return None
-        for pattern, head, _ in TIED_HEADS:
-            same = f".{head}".endswith(f".{name}") or HEADS_IN_MEMORY.get(head) == name
-            on_disk = head if same else name
-            if f".{on_disk}".endswith(f".{head}") and on_disk not in tensors:
-                for embedding in self._embeddings(pattern):
-                    return on_disk, embedding
-        return None
-
-    def _embeddings(self, pattern: str) -> list[str]:
-        return [n for n in self.base.tensors if fnmatchcase(n, pattern) or fnmatchcase(self.stripped + n, pattern)]
-
-    def _untie_target(self, layer: AdapterLayer) -> str | None:
-        """Give a tied head that is rotated a tensor of its own; return its name."""
-        tied = self._tied_head(layer.weight)
-        if tied is None:
-            return None
-        head, embedding = tied
-        # The head is the embedding as it was: what an adapter puts in the embedding's place is not in the head.
-        self.slots.setdefault(head, _Slot(None, self.base.tensors[embedding]))
-        return head
-
-    def _head_of(self, head: str) -> str | None:
-        """Return the output's tensor that is ``head``, which may lie in a wrapper."""
-        return next((n for n in self.slots if n == head or n.endswith("." + head)), None)
-
-    def _check_vocabularies(self) -> None:
-        """Refuse an output whose head has other rows than its embedding, where the base's have the same."""
-        for pattern, head, _ in TIED_HEADS:
-            for embedding in self._embeddings(pattern):
-                found = self._head_of(head)
-                if found is None:
-                    continue
-                one, other = self.slots[embedding], self.slots[found]
-                rows, head_rows = one.source.shape[0], other.source.shape[0]
-                if rows != head_rows and (other.base is None or other.base.shape == self.base.tensors[embedding].shape):
-                    self.note(
-                        Level.ERROR,
-                        "vocabulary",
-                        found,
-                        f"has {head_rows} rows with the adapter, {embedding} has {rows}: only one was saved resized",
-                        "Save the adapter again with save_embedding_layers=True.",
-                    )
-
-    def _settle_ties(self) -> None:
-        """Where only one side of a tie changed, or both did differently, write both and untie them in the config."""
-        if _tied_setting(self.base) is False:
-            return
-        architectures = self._classes()
-        for pattern, head, classes in TIED_HEADS:
-            for embedding in self._embeddings(pattern):
-                found = self._head_of(head)
-                one = self.slots[embedding]
-                if found is None:
-                    alone = one.changed and one.base is not None and one.source.shape == one.base.shape
-                    if alone and any(re.search(classes, a) for a in architectures):
-                        self.slots[head] = _Slot(None, self.base.tensors[embedding])
-                        self._set_untied(head, embedding)
-                    continue
-                other = self.slots[found]
-                if not (one.changed or other.changed):
-                    continue
-                if not _same(one, other):
-                    self._set_untied(found, embedding)
-                elif other.base is None:
-                    del self.slots[found]
-                    self.still_tied.add(found)
-                    self.note(Level.INFO, "tied-weights", found, f"equals {embedding}; they stay tied")
-
-    def _complete_ties(self) -> None:
-        """Write every side of every tie once one of them no longer holds: a loader that unties one unties all.
-
-        What is not in the files is given the base's value, which is what it was trained with; a bias has no copy in
-        training and follows its partner.
-        """
-        if _tied_setting(self.base) is False:
-            return
-        # Again for ties of ties: a head tied to a decoder's embedding that is itself tied to a shared one.
-        for _ in range(2):
-            pairs = [p for p in dict.fromkeys(self._pairs_on_disk()) if self.still_tied.isdisjoint(p)]
-            for one, other in pairs:
-                if not self.untied and self._are_apart(one, other):
-                    self._set_untied(other, one)
-            for one, other in pairs if self.untied else ():
-                partner = self.slots[one]
-                source = partner.source if one.endswith(".bias") or partner.base is None else partner.base
-                self.slots.setdefault(other, _Slot(None, source))
-
-    def _are_apart(self, one: str, other: str) -> bool:
-        """Tell whether a tie no longer holds; a side that the files don't have is what the other was in the base."""
-        first, second = self.slots[one], self.slots.get(other)
-        if second is not None:
-            return (first.changed or second.changed) and not _same(first, second)
-        return first.changed and first.base is not None and not first.resized and not one.endswith(".bias")
-
-    def _pairs_on_disk(self) -> Iterator[tuple[str, str]]:
-        """Yield ties as (a name that the output has, the other name), in the naming of the files."""
-        for target, source in tied_pairs(self._classes()):
-            # Some checkpoints keep the parameter under its other name.
-            swapped = [(target, source)] if target in self.base.tensors else []
-            for one, other in [(source, target), *swapped]:
-                # In a whole model, the bare model's names lie under its prefix.
-                prefixes = [n[: -len(one)] for n in self.slots if n == one or n.endswith(f".{one}")]
-                short = one.removeprefix(self.stripped)
-                if prefixes:
-                    found = [(p + one, p + other) for p in prefixes]
-                elif short in self.slots:
-                    found = [(short, self._short(other))]
-                elif one in self.in_memory:
-                    found = [(self.in_memory[one], other)]
-                else:
-                    continue
-                for a, b in found:
-                    yield a, self._on_disk(b)
-                break
-
-    def _short(self, name: str) -> str:
-        """Return a name as the files have it, which may lack the prefix; what they don't have keeps it."""
-        short = name.removeprefix(self.stripped)
-        return short if short in self.slots else name
-
-    def _on_disk(self, name: str) -> str:
-        """Return a name as the files have it, or would have it."""
-        if name in self.slots:
-            return name
-        heads = {memory: disk for disk, memory in HEADS_IN_MEMORY.items() if disk in self.slots}
-        return self.in_memory.get(name) or heads.get(name, name)
-
-    def _classes(self) -> list[str]:
-        """Return the classes that the base, and the models that were trained, are of."""
-        own = [str(a) for a in self.base.config.get("architectures") or ()]
-        return own + [c for a in self.adapters if (c := self._trained_class(a)) is not None]
-
-    def _trained_class(self, source: SourcedAdapter) -> str | None:
-        return trained_class(self.base.config, source.adapter.model_class, source.adapter.task)
-
-    def _set_untied(self, head: str, embedding: str) -> None:
-        if self.base.config.get("model_type") in SCALED_TIED_HEADS:
-            self.note(
-                Level.ERROR,
-                "tied-weights",
-                head,
-                f"is tied to {embedding}, and this kind of model computes otherwise where they are not tied",
-                "Adapt neither of them, or start from a base whose head is its own.",
-            )
-            return
-        self.note(
-            Level.INFO,
-            "tied-weights",
-            head,
-            f"no longer equals {embedding}: both are written, and the config unties them",
-        )
-        self.untied = True
-        self.edits += untie(self.base.config)
-        # A bare model has no head; the one that is written now needs the class that was trained.
-        for source in self.adapters if head not in self.base.tensors else ():
-            self.edits += set_architecture(self.base.config, self._trained_class(source)) or []
-
-    # Output
-
-    def _shards(self) -> list[Shard[TensorPlan]]:
-        added = [self._tensor(n) for n in self.slots if n not in self.base.tensors]
-        # Loaders give a bare encoder's names the head model's prefix only where no other names are there.
-        prefix = self.stripped if added else ""
-        files = []
-        for file in self.base.files:
-            tensors = [self._tensor(t.name, prefix) for t in file.tensors]
-            if file is self.base.files[-1]:
-                tensors += added
-            files.append((file.name, tensors, file.metadata))
-        if self.max_shard_bytes is None:
-            return keep_shards(files)
-        first = PurePosixPath(safetensors_name(files[0][0]))
-        stem = _stem_of_parts(first) if len(files) > 1 else first.with_name(_PART_NUMBER.sub("", first.stem))
-        tensors = [t for _, group, _ in files for t in group]
-        return split_shards(tensors, self.max_shard_bytes, str(stem), files[0][2])
-
-    def _tensor(self, name: str, prefix: str = "") -> TensorPlan:
-        slot = self.slots[name]
-        source = slot.source
-        kept = slot.base.dtype if slot.base is not None else self._dtype_for_added(source)
-        dtype = kept if self.dtype is None or kept not in FLOAT_DTYPES else self.dtype
-        if slot.steps:
-            action = Action.FOLD
-        elif slot.base is None:
-            action = Action.ADD
-        elif source is not slot.base:
-            action = Action.REPLACE
-        else:
-            action = Action.COPY if dtype == source.dtype else Action.CONVERT
-        width = math.prod(source.shape[1:])
-        cuts = sorted({0, source.num_elements, *(r * width for start, stop, _ in slot.steps for r in (start, stop))})
-        segments = tuple(
-            Segment(a, b, tuple(s for start, stop, s in slot.steps if start * width <= a and b <= stop * width))
-            for a, b in pairwise(cuts)
-        )
-        return TensorPlan(prefix + name, dtype, source.shape, action, source, slot.base, segments)
-
-    def _dtype_for_added(self, source: TensorRef) -> str:
-        """Return the dtype of the base's weights, with which what is added is to fit in; the base's own keep theirs."""
-        if source.dtype not in FLOAT_DTYPES or source is self.base.tensors.get(source.name):
-            return source.dtype
-        sizes: dict[str, int] = {}
-        for tensor in self.base.tensors.values():
-            if tensor.dtype in FLOAT_DTYPES:
-                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-        return max(sizes, key=lambda d: sizes[d]) if sizes else source.dtype
-
-    def _side_files(self, shards: Sequence[Shard[TensorPlan]]) -> list[SideFile]:
-        base = self.base
-        files = {f: SideFile(f, source=base.root / f) for f in base.side_files if str(f) not in OWN_FILES}
-        if self.resized:
-            for adapter in self.adapters:
-                brought = adapter.tokenizer_files() if adapter.has_tokenizer() else []
-                # A tokenizer's files are one whole: the base's others would add tokens that are no longer there.
-                for name in TOKENIZER_FILES if brought else ():
-                    files.pop(base.folder / name, None)
-                for name in brought:
-                    target = base.folder / name
-                    files[target] = SideFile(target, source=adapter.root / name)
-        if base.config_text is not None:
-            config = base.folder / "config.json"
-            changed = apply_edits(base.config, self.edits) if self.edits else None
-            files[config] = SideFile(config, text=changed) if changed else SideFile(config, source=base.root / config)
-        first = PurePosixPath(shards[0].name)
-        if len(shards) > 1 or _PART_NUMBER.search(first.stem):
-            index = _stem_of_parts(first).with_suffix(".safetensors.index.json")
-            files[index] = SideFile(index, text=index_json(shards, base.index_metadata))
-        return list(files.values())
+def _has_labels(name: str) -> bool:
+    """Tell whether a weight has a row for each label."""
+    return f".{name}".endswith(tuple(f".{label}" for label in LABEL_WEIGHTS))
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -701,38 +424,3 @@ def _is_vocabulary(name: str) -> bool:
         fnmatchcase(name, embedding) or fnmatchcase(name, f"*.{embedding}") or name == head or name.endswith("." + head)
         for embedding, head, _ in TIED_HEADS
     )
-
-
-def _has_labels(name: str) -> bool:
-    """Tell whether a weight has a row for each label."""
-    return f".{name}".endswith(tuple(f".{label}" for label in LABEL_WEIGHTS))
-
-
-def _stem_of_parts(file: PurePosixPath) -> PurePosixPath:
-    """Return the name, less its suffix, under which loaders look for a checkpoint that ``file`` is a part of."""
-    stem = "diffusion_pytorch_model"
-    return file.with_name(stem if file.name.startswith(stem) else "model")
-
-
-def _same(one: _Slot, other: _Slot) -> bool:
-    """Tell whether two slots will hold the same bytes; those of two replacements are compared."""
-    if one.steps or other.steps or one.source.shape != other.source.shape or one.source.dtype != other.source.dtype:
-        return False
-    if one.source is other.source:
-        return True
-    buffers = bytearray(_COMPARED), bytearray(_COMPARED)
-    for start in range(0, one.source.nbytes, _COMPARED):
-        size = min(_COMPARED, one.source.nbytes - start)
-        for slot, buffer in zip((one, other), buffers, strict=True):
-            slot.source.read_into(memoryview(buffer)[:size], start)
-        if buffers[0][:size] != buffers[1][:size]:
-            return False
-    return True
-
-
-def _tied_setting(base: Checkpoint) -> bool | None:
-    """Return what the config says of ties, None where it says nothing."""
-    for part in (base.config, base.config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
