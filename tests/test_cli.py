@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import butterfly_matrix, read_folder, write_adapter
+from support import boft_tensors, butterfly_matrix, read_folder, write_adapter, write_checkpoint
 from typer.testing import CliRunner, Result
 
 from boft_export.cli.main import app
@@ -51,6 +51,22 @@ def test_dry_run_writes_nothing(base: Path, adapter: Path, tmp_path: Path) -> No
     assert document["tensors"]["layers.0.up.weight"]["fold"] == ["m=2 b=4 -> 8"]
     assert document["bytes_to_write"] == sum(f.stat().st_size for f in base.glob("*.safetensors"))
     assert document["memory"] > document["bytes_to_read"]
+
+
+def test_dry_run_shows_what_was_decided(tmp_path: Path) -> None:
+    """Renames, slices of fused weights and ties are shown without asking for more, alike layers in one line."""
+    weights = {f"model.layers.{i}.attn.qkv_proj.weight": torch.randn(24, 16) for i in range(2)}
+    weights["model.embed_tokens.weight"] = torch.randn(8, 16)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_checkpoint(tmp_path / "base", weights, config)
+    tensors = boft_tensors("lm_head", 16, 8)
+    for i in range(2):
+        tensors |= boft_tensors(f"wrapper.model.layers.{i}.attn.q_proj", 16, 8)
+    shown = run("merge", base, write_adapter(tmp_path / "adapter", tensors), "-o", tmp_path / "out", "-n").stdout
+    assert "names: wrapper.* -> *" in shown
+    assert shown.count("rows 0 to 8 of model.layers.*.attn.qkv_proj.weight") == 1
+    assert "lm_head.weight: no longer equals model.embed_tokens.weight" in shown
+    assert "tie_word_embeddings = False" in shown
 
 
 def test_quiet_prints_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:

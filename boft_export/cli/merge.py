@@ -98,6 +98,7 @@ def command(
 
 def _show(out: Output, document: Mapping[str, Any]) -> None:
     """Print a plan or a result: a row for each kind of tensor, and a line that sums it up."""
+    from boft_export.planning.inspection import group_name
     from boft_export.planning.sizes import format_size
     from boft_export.report.merge_report import folded_rows
 
@@ -129,6 +130,10 @@ def _show(out: Output, document: Mapping[str, Any]) -> None:
             f"merged {layers} into {document['output']}: {size} in {document['seconds']:.1f} s{resumed}", "bold green"
         )
     else:
+        # What was decided is what a plan is read for; a decision made for every layer alike is one line.
+        decided = [n for n in document["notices"] if n["level"] == "info" and n["code"] != "rename"]
+        for text in dict.fromkeys(group_name(f"{n['subject']}: {n['message']}") for n in decided):
+            out.line(text)
         out.line(f"tensors: {counts} (as planned)")
         out.line(
             f"would apply {layers}: read {format_size(document['bytes_to_read'])}, write "
