@@ -148,7 +148,7 @@ def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | N
     for file in _walk(path):
         if file in own or file == folder / "config.json":
             continue
-        if _is_stale(file, folder):
+        if is_stale_weight(file, folder):
             stale.append(file)
         elif (path / file).exists():
             side.append(file)
@@ -178,11 +178,6 @@ def read_weight_file(path: Path, name: str | None = None) -> WeightFile:
     if path.suffix in {".bin", ".pt", ".pth"}:
         return read_pickle(path, name)
     raise InputError(f"{path} is not a weight file: expected .safetensors, .bin or .pt.")
-
-
-def is_stale_weight(file: PurePosixPath, folder: PurePosixPath) -> bool:
-    """Tell whether a repository's file would not be read: another form of the weights that lie in ``folder``."""
-    return _is_stale(file, folder)
 
 
 def _weights_folder(root: Path) -> PurePosixPath:
@@ -287,7 +282,8 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
         raise AccessError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
 
-def _is_stale(file: PurePosixPath, folder: PurePosixPath) -> bool:
+def is_stale_weight(file: PurePosixPath, folder: PurePosixPath) -> bool:
+    """Tell whether a file is another form of the weights that lie in ``folder``, which a merge would leave stale."""
     if _ADAPTER_FILES.match(file.name) or _WEIGHT_FOLDERS.intersection(file.parts[:-1]):
         return True
     # Weights in other folders belong to other parts, such as the dense head of a sentence-transformers model.

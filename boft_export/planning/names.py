@@ -44,7 +44,7 @@ def find_rules(
     Args:
         wanted: Names of weights in the adapter's naming.
         available: The names on disk.
-        hit: Whether a name, in the checkpoint's naming, is there and fits.
+        hit: Whether a name, in the checkpoint's naming, is there; whether its shape fits is checked later.
 
     Returns:
         The rules in the order in which to try them, and where two of them fit equally well.
