@@ -10,7 +10,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from boft_export.linalg.cayley import cayley, skew
 from boft_export.linalg.planner import plan_stages
+from boft_export.linalg.spectrum import Spectrum
+
+# A generator of this size, found from a rotation, is rounding: float64 can't tell the rotation from a half turn.
+_POLE = 1e13
+_HALF_TURN = "a block has the eigenvalue -1, which no Cayley transform gives"
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,13 @@ class Factor:
     Attributes:
         blocks: Dense blocks, shape (B, k, k).
         index: The features of each block, shape (B, k), int64; a partition of range(n), so n = B k.
+        generator: Skew-symmetric S with blocks = (I - S)(I + S)^-1, shape (B, k, k), where they were made of it: near
+            an angle of pi it tells more than the blocks do.
     """
 
     blocks: Tensor
     index: Tensor
+    generator: Tensor | None = None
 
     @property
     def num_features(self) -> int:
@@ -34,6 +43,44 @@ class Factor:
     def block_size(self) -> int:
         """The number k of features that a block mixes."""
         return self.index.shape[1]
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Planes and angles of the blocks, which must be rotations; found once, for powers of any exponent."""
+        if self.generator is not None:
+            return Spectrum.of_generator(self.generator)
+        return Spectrum.of_rotation(self.blocks)
+
+    def power(self, alpha: float) -> Self:
+        """Return M^alpha: each block turns by ``alpha`` times its angles. For any real ``alpha``, -1 the inverse.
+
+        Raises:
+            ValueError: If a block has determinant -1.
+        """
+        return type(self)(self.spectrum.power(alpha), self.index)
+
+    def scaled(self, alpha: float) -> Self:
+        """Return the factor whose blocks' skew generators are ``alpha`` times this one's.
+
+        Raises:
+            ValueError: If a block has the eigenvalue -1, which no generator gives.
+        """
+        generator = self.generator
+        if generator is None:
+            try:
+                # The Cayley transform is its own inverse.
+                found = cayley(self.blocks)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not marked so
+                raise ValueError(_HALF_TURN) from error
+            if found.abs().amax() > _POLE:
+                raise ValueError(_HALF_TURN)
+            generator = skew(found)
+        return type(self)(cayley(alpha * generator), self.index, alpha * generator)
+
+    def identity(self) -> Self:
+        """Return the identity in the shape of this factor."""
+        eye = torch.eye(self.block_size, dtype=self.blocks.dtype, device=self.blocks.device)
+        return type(self)(eye.expand_as(self.blocks), self.index)
 
     @cached_property
     def _gather(self) -> tuple[int, Tensor, Tensor] | None:
@@ -84,7 +131,8 @@ class Factor:
         inside = within[:, 0]
         if (within != inside[:, None]).any():
             raise ValueError(f"features {start} to {stop} cut a block in two")
-        return type(self)(self.blocks[inside], self.index[inside] - start)
+        generator = None if self.generator is None else self.generator[inside]
+        return type(self)(self.blocks[inside], self.index[inside] - start, generator)
 
 
 def couple(factors: Sequence[Factor]) -> Tensor:
@@ -156,6 +204,35 @@ class Rotation:
         """The size n of R."""
         return self.factors[0].num_features
 
+    @property
+    def num_factors(self) -> int:
+        """The number m of factors."""
+        return len(self.factors)
+
+    @cached_property
+    def _groups(self) -> Factor:
+        return fuse(self.factors)
+
+    def power(self, alpha: float) -> Rotation:
+        """Return R^alpha = exp(alpha log R) as one factor, for any real ``alpha``; -1 gives the inverse.
+
+        Each coupled group of g features is taken apart on its own: O(n g^2) once, and the same again for each power.
+
+        Raises:
+            ValueError: If a group has determinant -1.
+        """
+        return Rotation((self._groups.power(alpha),))
+
+    def angles(self) -> Tensor:
+        """Return the angles by which R turns its planes, shape (groups, g), each plane's as a pair of opposite sign.
+
+        Their norm is that of log R: the distance of R from the identity along the rotations.
+
+        Raises:
+            ValueError: If a group has determinant -1.
+        """
+        return self._groups.spectrum.angles
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Rotation:
         """Return the rotation on ``device`` with blocks in ``dtype``."""
         return Rotation(tuple(Factor(f.blocks.to(device, dtype), f.index.to(device)) for f in self.factors))
@@ -192,7 +269,7 @@ class Rotation:
 
     def groups(self) -> Factor:
         """Return R as one factor: the dense orthogonal product of each coupled group, n/g matrices of g by g."""
-        return fuse(self.factors)
+        return self._groups
 
     def dense(self) -> Tensor:
         """Return R as an n-by-n matrix: O(n^2) memory, for inspection and as the oracle; never needed to merge."""
