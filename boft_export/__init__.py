@@ -23,12 +23,18 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
+    from boft_export.linalg.interpolation import factorwise, geodesic, interpolate_rotation, interpolate_scale
+    from boft_export.linalg.path import InterpolationPath
+    from boft_export.linalg.rotation import Factor, Rotation
+    from boft_export.pipeline.interpolate import InterpolationResult, interpolate
     from boft_export.pipeline.merge import MergeResult, merge
+    from boft_export.pipeline.path_report import PathReport, measure_path
     from boft_export.pipeline.prepare import plan_merge as plan
-    from boft_export.pipeline.rotations import write_rotations
+    from boft_export.pipeline.rotations import LayerRotation, read_rotations, write_rotations
     from boft_export.planning.inputs import Sources
     from boft_export.planning.inspection import Inspection, inspect
     from boft_export.planning.model import FoldPlan
+    from boft_export.report.path_report import write_path_report
 
 # Where each public name is, and what it is called there.
 _PUBLIC = {
@@ -36,19 +42,33 @@ _PUBLIC = {
     "BoftExportError": "errors",
     "CheckFailedError": "errors",
     "DamagedFileError": "errors",
+    "Factor": "linalg.rotation",
     "FoldPlan": "planning.model",
     "InputError": "errors",
     "Inspection": "planning.inspection",
+    "InterpolationPath": "linalg.path",
+    "InterpolationResult": "pipeline.interpolate",
+    "LayerRotation": "pipeline.rotations",
     "Level": "errors",
     "MergeResult": "pipeline.merge",
     "Notice": "errors",
+    "PathReport": "pipeline.path_report",
     "ReadOptions": "adapters",
     "ResourceError": "errors",
+    "Rotation": "linalg.rotation",
     "Sources": "planning.inputs",
     "UsageError": "errors",
+    "factorwise": "linalg.interpolation",
+    "geodesic": "linalg.interpolation",
     "inspect": "planning.inspection",
+    "interpolate": "pipeline.interpolate",
+    "interpolate_rotation": "linalg.interpolation",
+    "interpolate_scale": "linalg.interpolation",
+    "measure_path": "pipeline.path_report",
     "merge": "pipeline.merge",
     "plan": "pipeline.prepare:plan_merge",
+    "read_rotations": "pipeline.rotations",
+    "write_path_report": "report.path_report",
     "write_rotations": "pipeline.rotations",
 }
 
@@ -57,20 +77,34 @@ __all__ = [
     "BoftExportError",
     "CheckFailedError",
     "DamagedFileError",
+    "Factor",
     "FoldPlan",
     "InputError",
     "Inspection",
+    "InterpolationPath",
+    "InterpolationResult",
+    "LayerRotation",
     "Level",
     "MergeResult",
     "Notice",
+    "PathReport",
     "ReadOptions",
     "ResourceError",
+    "Rotation",
     "Sources",
     "UsageError",
     "__version__",
+    "factorwise",
+    "geodesic",
     "inspect",
+    "interpolate",
+    "interpolate_rotation",
+    "interpolate_scale",
+    "measure_path",
     "merge",
     "plan",
+    "read_rotations",
+    "write_path_report",
     "write_rotations",
 ]
 

@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from boft_export.cli.main import app
 
-COMMANDS = ("merge", "inspect", "rotation", "env")
+COMMANDS = ("merge", "interpolate", "inspect", "rotation", "env")
+AT_HALF = ("interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "0.5")
 
 
 def run(*arguments: object) -> Result:
@@ -96,6 +97,32 @@ def overflowing(folder: Path) -> Path:
         (["merge", "{base}", "{overflowing}", "-o", "{out}", "--dtype", "float16"], 3, "not finite"),
         (["merge", "{base}", "{nowhere}", "-o", "{out}"], 4, "does not exist"),
         (["inspect", "{nowhere}"], 4, "does not exist"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}"], 2, "how far"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "half"], 2, "not a finite number"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "nan"], 2, "not a finite number"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "1e999"], 2, "not a finite number"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", ""], 2, "not a finite number"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "0.5,"], 2, "not a finite number"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "0.5,0.2"], 2, "2 alphas"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "0:1"], 2, "START:STOP:STEP"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", ""], 2, "START:STOP:STEP"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "0:1:0"], 2, "leads nowhere"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "1:0:0.1"], 2, "leads nowhere"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "0:1:1e-9"], 2, "more than the 1000"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "0:10:1e-999999"], 2, "more than the 1000"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{out}", "--alphas", "0:inf:1"], 2, "not a finite number"),
+        ([*AT_HALF, "--alphas", "0:1:0.5"], 2, "more than once"),
+        ([*AT_HALF, "--path", "straight"], 2, "straight"),
+        ([*AT_HALF, "--path", "truncate", "--alpha", "1.5"], 2, "outside of [0, 1]"),
+        ([*AT_HALF, "--alpha-map", "{nowhere}"], 4, "cannot read"),
+        ([*AT_HALF, "--alpha-map", "{base}/tokenizer.json"], 3, "matches no tensor"),
+        ([*AT_HALF, "--alpha-map", "{base}/model-00001-of-00002.safetensors"], 3, "UTF-8"),
+        ([*AT_HALF, "--path-report", "{out}.txt"], 2, "no kind of report"),
+        ([*AT_HALF, "--path-report", "{base}/config.json"], 2, "exists"),
+        ([*AT_HALF, "--path-report", "{base}/config.json", "--overwrite"], 2, "into the input"),
+        ([*AT_HALF, "--eval", "{nowhere}"], 4, "cannot read"),
+        ([*AT_HALF, "--eval", "{adapter}/adapter_config.json"], 3, "defines no function evaluate"),
+        (["interpolate", "{base}", "{adapter}", "-o", "{base}", "--alpha", "0.5"], 2, "exists"),
         (["merge", "{base}", "org/absent", "-o", "{out}", "--offline"], 4, "off limits"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--max-memory", "1MB"], 5, "too few"),
         (["rotation", "{adapter}", "-o", "{out}", "--layer", "nothing*"], 3, "no layer"),

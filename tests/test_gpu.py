@@ -107,3 +107,14 @@ def test_device_that_is_not_there(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(boft_export.UsageError, match="cuda:99"):
         boft_export.merge(inputs.base, inputs.adapter, tmp_path / "out", device="cuda:99")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", list(boft_export.InterpolationPath))
+def test_a_sweep_has_the_same_bytes_as_on_the_cpu(inputs: Inputs, tmp_path: Path, path: str) -> None:
+    """Rotations are bent on the CPU in either case; the fold is what runs on the GPU."""
+    for device in ("cpu", "cuda"):
+        boft_export.interpolate(
+            inputs.base, inputs.adapter, tmp_path / device, alphas=(0, 0.3, 1), path=path, device=device
+        )
+    for alpha in ("alpha-0", "alpha-0.3", "alpha-1"):
+        assert weights(tmp_path / "cuda" / alpha) == weights(tmp_path / "cpu" / alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from boft_export.adapters import ReadOptions, View
 from boft_export.errors import BoftExportError, CheckFailedError, DamagedFileError, InputError, Level, UsageError
+from boft_export.pipeline.interpolate import interpolate
 from boft_export.pipeline.merge import MergeResult, merge
 from boft_export.planning.inputs import Sources
 
@@ -61,7 +63,10 @@ class Desk:
 
     def merge(self, *adapters: str, **options: Any) -> MergeResult:
         options = {"base": self.root / "base", "output": self.root / "out", "jobs": 1, "device": "cpu", **options}
-        return merge(options.pop("base"), [self.root / a for a in adapters or ("adapter",)], **options)
+        inputs = options.pop("base"), [self.root / a for a in adapters or ("adapter",)]
+        result = merge(*inputs, **options)
+        assert_ends_of_the_path(result, *inputs, **options)
+        return result
 
     def refuse(self, *parts: str, error: type[BoftExportError] = InputError, **options: Any) -> BoftExportError:
         """Merge, which must fail with ``parts`` in the message, and without a trace on disk."""
@@ -83,6 +88,26 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
+
+
+def assert_ends_of_the_path(result: MergeResult, base: Any, adapters: list[Path], output: Path, **options: Any) -> None:
+    """Whatever is merged can be interpolated, too: at 0 it is the base, at 1 the merge, byte for byte."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends = Path(folder) / "ends"
+        interpolate(base, adapters, ends, alphas=(0, 1), path="factorwise", **options)
+        zero, one = (ends / f"alpha-{alpha}" for alpha in (0, 1))
+        merged = sorted(p.relative_to(output) for p in output.rglob("*.safetensors"))
+        assert merged == sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+        assert all((one / p).read_bytes() == (output / p).read_bytes() for p in merged)
+        written = {k: v for p in merged for k, v in load_file(zero / p).items()}
+        for tensor in result.plan.tensors:
+            if tensor.base is not None and tensor.base.dtype == tensor.dtype:
+                # What the adapter adds to a vocabulary is there at any alpha.
+                shared = min(tensor.base.nbytes, written[tensor.name].nbytes)
+                expected = bytearray(shared)
+                tensor.base.read_into(memoryview(expected))
+                found = written[tensor.name].reshape(-1).view(torch.uint8).numpy().tobytes()[:shared]
+                assert found == bytes(expected), tensor.name
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:

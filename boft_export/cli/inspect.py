@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from boft_export.adapters import ReadOptions, View
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
 from boft_export.cli.run import reported
@@ -33,12 +32,10 @@ def command(
     """Tell what a checkpoint or an adapter holds, from its headers alone."""
     out = Output(as_json, quiet, verbose)
     with reported(out):
-        from boft_export.planning.inputs import Sources
         from boft_export.planning.inspection import inspect
         from boft_export.planning.sizes import format_size
 
-        view = None if conv_view is opt.ConvView.AUTO else View(conv_view.value)
-        sources = Sources(revision=revision, subfolder=subfolder, offline=offline, options=ReadOptions(conv_view=view))
+        sources = opt.sources(revision, None, subfolder, offline=offline, conv_view=conv_view)
         found = inspect(ref, sources=sources)
         out.document(found.document())
         out.notices(found.notices)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from boft_export.adapters import ReadOptions, View
+
+if TYPE_CHECKING:
+    from boft_export.planning.inputs import Sources
 
 _INPUTS = "Where inputs come from"
 _RUN = "How it runs"
@@ -20,6 +25,11 @@ class OutputDtype(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+    @property
+    def kept(self) -> str | None:
+        """The dtype, or None to keep the base's."""
+        return None if self is OutputDtype.KEEP else self.value
 
 
 class ComputeDtype(StrEnum):
@@ -95,6 +105,16 @@ Verbose = Annotated[
     typer.Option("--verbose", "-v", count=True, help="Say more; -vv with tracebacks.", rich_help_panel=_SHOWN),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.", rich_help_panel=_SHOWN)]
+
+
+def sources(
+    revision: str | None, adapter_revision: str | None, subfolder: str | None, *, offline: bool, conv_view: ConvView
+) -> Sources:
+    """Return where inputs come from, as the options say it."""
+    from boft_export.planning.inputs import Sources
+
+    view = None if conv_view is ConvView.AUTO else View(conv_view.value)
+    return Sources(revision, adapter_revision, subfolder, offline, ReadOptions(conv_view=view))
 
 
 def examples(*lines: str) -> str:

@@ -124,25 +124,26 @@ class Output:
             traceback.print_exc(file=sys.stderr)
 
     @contextlib.contextmanager
-    def progress(self, label: str) -> Iterator[Callable[[int, int, str], None] | None]:
-        """Show a bar with bytes done, rate and time left, on a terminal only; yield the callback that moves it."""
+    def progress(self, label: str, unit: str = "bytes") -> Iterator[Callable[[int, int, str], None] | None]:
+        """Show a bar with bytes or ``unit`` done, on a terminal only; yield the callback that moves it."""
         if self.no_progress or self.quiet or not sys.stderr.isatty():
             yield None
             return
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
+        counted = (MofNCompleteColumn(), TextColumn(unit))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else counted),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._err, transient=True) as bar:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -21,10 +22,10 @@ from boft_export.pipeline.fold import Measure, fold
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.memory import TILE_ELEMENTS, ByteBudget, MemoryPlan, chunk_bytes
+from boft_export.pipeline.options import Progress
 from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
 from boft_export.planning import Action, FoldPlan, Segment, TensorPlan
-
-Progress = Callable[[int, int, str], None]
+from boft_export.planning.strength import Course, Variant
 
 
 @dataclass(frozen=True)
@@ -54,38 +55,64 @@ class TensorResult:
 
 
 @dataclass(frozen=True)
+class OutputResult:
+    """What one output is.
+
+    Attributes:
+        variant: How far it goes.
+        tensors: Each tensor's result, in order.
+        files: SHA-256 of each weight file written.
+    """
+
+    variant: Variant
+    tensors: tuple[TensorResult, ...]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run did.
 
     Attributes:
-        tensors: Each tensor's result, in order.
-        files: SHA-256 of each weight file written.
+        outputs: What was written, in order.
         inputs: SHA-256 of each input file.
         resumed: Weight files taken over from a killed run.
     """
 
-    tensors: tuple[TensorResult, ...]
-    files: dict[str, str]
+    outputs: tuple[OutputResult, ...]
     inputs: dict[str, str]
     resumed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of bytes of a tensor's source, and what in the output it becomes."""
+    """A run of a tensor's elements, or of its bytes where they are only copied, and what it is made of.
+
+    Attributes:
+        start: The first element or byte in the tensor.
+        origins: The origins to read, by number.
+        cost: Bytes that count as in flight.
+    """
 
     tensor: TensorPlan
     segment: Segment
     start: int
     stop: int
+    origins: tuple[int, ...]
     cost: int
 
 
-_Done = tuple[memoryview, list[Measure]]
+# What a chunk becomes in one output, and in all of them.
+_Piece = tuple[memoryview, list[Measure]]
+_Done = list[_Piece]
 
 
-def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progress | None = None) -> RunResult:
-    """Write a plan's weight files into ``staging``, but for those that are there already.
+def run_plan(
+    plan: FoldPlan, course: Course, staging: Staging, engine: Engine, progress: Progress | None = None
+) -> RunResult:
+    """Write the weight files of all outputs into ``staging``, but for those that are there already.
+
+    The base is read once, however many outputs there are.
 
     Memory stays within ``engine.memory`` whatever the plan's size: a byte budget holds back the reader.
 
@@ -96,48 +123,89 @@ def run_plan(plan: FoldPlan, staging: Staging, engine: Engine, progress: Progres
         ResourceError: If the disk is full.
     """
     keep_tiles_free_chunks()
-    layers = LayerCache(plan, engine.compute, engine.memory.rotations * len(engine.devices))
+    layers = LayerCache(plan, course, engine.compute, engine.memory.rotations * len(engine.devices))
     hashes = InputHashes(plan.input_files())
-    todo = [s for s in plan.shards if s.name not in staging.done]
-    total = sum(s.nbytes for s in plan.shards)
-    done = total - sum(s.nbytes for s in todo)
-    stream = _Stream(todo, engine, layers, hashes)
+    variants = course.variants
+    todo = [s for s in plan.shards if any(v.path(s.name) not in staging.done for v in variants)]
+    total = sum(s.nbytes for s in plan.shards) * len(variants)
+    done = total - sum(s.nbytes for s in todo) * len(variants)
+    stream = _Stream(todo, course, engine, layers, hashes)
     try:
         for shard in todo:
-            digest = hashlib.sha256(shard.header)
-            measures: dict[str, Measure] = {}
-            with staging.write(shard.name) as file:
-                file.write(shard.header)
-                done += len(shard.header)
-                for chunk, (data, tiles) in stream.take(shard):
-                    file.write(data)
-                    digest.update(data)
-                    done += len(data)
-                    name = chunk.tensor.name
-                    for measure in tiles:
-                        measures[name] = measures.get(name, Measure()) + measure
-                        if measure.damaged or (measure.unsound and chunk.tensor.source is not chunk.tensor.base):
-                            raise _not_finite(chunk.tensor, measure)
+            with contextlib.ExitStack() as opened:
+                writers = [_Writer(shard, v, opened.enter_context(staging.write(v.path(shard.name)))) for v in variants]
+                done += len(shard.header) * len(writers)
+                for chunk, pieces in stream.take(shard):
+                    for writer, piece in zip(writers, pieces, strict=True):
+                        done += writer.add(chunk.tensor, *piece)
                     if progress is not None:
-                        progress(done, total, name)
-            staging.record(shard.name, _journal_entry(shard, digest.hexdigest(), measures, layers))
+                        progress(done, total, chunk.tensor.name)
+            for writer in writers:
+                staging.record(writer.variant.path(shard.name), writer.journal_entry(layers))
     finally:
         stream.close()
-    resumed = tuple(s.name for s in plan.shards if s not in todo)
     return RunResult(
-        tensors=tuple(_result(t, staging.done[s.name]) for s in plan.shards for t in s.tensors),
-        files={s.name: staging.done[s.name]["sha256"] for s in plan.shards},
+        outputs=tuple(_output_result(plan, v, staging.done) for v in variants),
         inputs=hashes.digests(),
-        resumed=resumed,
+        resumed=tuple(v.path(s.name) for v in variants for s in plan.shards if s not in todo),
     )
+
+
+class _Writer:
+    """One output's file of a shard, with its digest and what was measured of its tensors."""
+
+    def __init__(self, shard: Shard[TensorPlan], variant: Variant, file: IO[bytes]) -> None:
+        self.shard = shard
+        self.variant = variant
+        self._file = file
+        self._digest = hashlib.sha256(shard.header)
+        self._measures: dict[str, Measure] = {}
+        file.write(shard.header)
+
+    def add(self, tensor: TensorPlan, data: memoryview, tiles: Sequence[Measure]) -> int:
+        """Write a piece of a tensor and return its size.
+
+        Raises:
+            InputError: If a result is not finite.
+        """
+        self._file.write(data)
+        self._digest.update(data)
+        for measure in tiles:
+            self._measures[tensor.name] = self._measures.get(tensor.name, Measure()) + measure
+            if measure.damaged or measure.unsound:
+                raise _not_finite(tensor, measure)
+        return len(data)
+
+    def journal_entry(self, layers: LayerCache) -> dict[str, object]:
+        """Return what a later run, and the manifest, will need to know of the finished file."""
+        tensors = {}
+        for tensor in self.shard.tensors:
+            measure = self._measures.get(tensor.name)
+            alphas = self.variant.strength.of(tensor.name)
+            residuals = [
+                layers.residuals[s.adapter, s.layer.module, alphas[s.adapter]]
+                for s in tensor.steps
+                if alphas[s.adapter]
+            ]
+            tensors[tensor.name] = {
+                "measure": asdict(measure) if measure is not None else None,
+                "residual": max(residuals) if residuals else None,
+            }
+        return {"sha256": self._digest.hexdigest(), "tensors": tensors}
 
 
 class _Stream:
     """Folded chunks in the order of the plan, read and folded ahead of whoever takes them."""
 
     def __init__(
-        self, shards: Sequence[Shard[TensorPlan]], engine: Engine, layers: LayerCache, hashes: InputHashes
+        self,
+        shards: Sequence[Shard[TensorPlan]],
+        course: Course,
+        engine: Engine,
+        layers: LayerCache,
+        hashes: InputHashes,
     ) -> None:
+        self._variants = course.variants
         self._engine = engine
         self._layers = layers
         self._hashes = hashes
@@ -170,15 +238,16 @@ class _Stream:
                     size = self._engine.memory.chunk
                     for start in range(0, tensor.source.nbytes, size):
                         stop = min(start + size, tensor.source.nbytes)
-                        yield _Chunk(tensor, segment, start, stop, stop - start)
+                        yield _Chunk(tensor, segment, start, stop, (0,), stop - start)
                     continue
-                width = tensor.source.nbytes // tensor.source.num_elements
+                mixtures = [tensor.mixture(segment, v.strength.of(tensor.name)) for v in self._variants]
+                origins = tuple(sorted({i for m in mixtures for i in m}))
                 tile = segment.tile(TILE_ELEMENTS[kind])
-                size = tile * max(1, self._engine.memory.chunk // (tile * width))
-                for first in range(segment.start, segment.stop, size):
-                    last = min(first + size, segment.stop)
-                    cost = chunk_bytes(tensor, segment, last - first)
-                    yield _Chunk(tensor, segment, first * width, last * width, cost)
+                size = tile * self._engine.memory.tiles(tensor, segment, tile, len(self._variants))
+                for start in range(segment.start, segment.stop, size):
+                    stop = min(start + size, segment.stop)
+                    cost = chunk_bytes(tensor, segment, stop - start, len(self._variants))
+                    yield _Chunk(tensor, segment, start, stop, origins, cost)
 
     def _read(self, shards: Sequence[Shard[TensorPlan]]) -> None:
         """Read ahead as far as the budget allows; a failure goes to whoever takes the chunk."""
@@ -189,32 +258,64 @@ class _Stream:
                 for chunk in self._chunks(shard):
                     if not self._budget.acquire(chunk.cost):
                         return
-                    source = chunk.tensor.source
-                    data = read_bytes(source, chunk.start, chunk.stop, pinned=pinned)
-                    if isinstance(source.source, FileBytes):
-                        self._hashes.feed(source.source.path, source.source.offset + chunk.start, as_bytes(data))
+                    data = {i: self._read_origin(chunk, i, pinned=pinned) for i in chunk.origins}
                     self._ready.put(self._pool.submit(self._work, chunk, data, next(devices)))
         except BaseException as error:  # noqa: BLE001  # it is raised where the chunk is taken
             failed: Future[_Done] = Future()
             failed.set_exception(error)
             self._ready.put(failed)
 
-    def _work(self, chunk: _Chunk, data: torch.Tensor, device: torch.device) -> _Done:
+    def _read_origin(self, chunk: _Chunk, number: int, *, pinned: bool) -> torch.Tensor:
+        ref = chunk.tensor.origins[number].ref
+        width = 1 if chunk.tensor.action is Action.COPY else _width(chunk.tensor, number)
+        data = read_bytes(ref, chunk.start * width, chunk.stop * width, pinned=pinned)
+        if isinstance(ref.source, FileBytes):
+            self._hashes.feed(ref.source.path, ref.source.offset + chunk.start * width, as_bytes(data))
+        return data
+
+    def _work(self, chunk: _Chunk, data: Mapping[int, torch.Tensor], device: torch.device) -> _Done:
+        if chunk.tensor.action is Action.COPY:
+            return [(as_bytes(data[0]), [])] * len(self._variants)
+        # Outputs for which a tensor goes equally far hold the same.
+        made: dict[tuple[float, ...], _Piece] = {}
+        wanted = [v.strength.of(chunk.tensor.name) for v in self._variants]
+        for alphas in wanted:
+            if alphas not in made:
+                made[alphas] = self._piece(chunk, data, alphas, device)
+        return [made[alphas] for alphas in wanted]
+
+    def _piece(
+        self, chunk: _Chunk, data: Mapping[int, torch.Tensor], alphas: Sequence[float], device: torch.device
+    ) -> _Piece:
+        """Return what a chunk becomes where the adapters go as far as ``alphas``."""
         tensor = chunk.tensor
-        if tensor.action is Action.COPY or tensor.source.dtype not in TORCH_DTYPES:
-            return as_bytes(data), []
-        elements = data.view(TORCH_DTYPES[tensor.source.dtype])
+        mixture = tensor.mixture(chunk.segment, alphas)
+        steps = [(s, alphas[s.adapter]) for s in chunk.segment.steps if alphas[s.adapter]]
+        first = next(iter(mixture))
+        ref = tensor.origins[first].ref
+        # What stays the base's own keeps its bytes.
+        same = not steps and len(mixture) == 1 and ref is tensor.base and ref.dtype == tensor.dtype
+        if same or ref.dtype not in TORCH_DTYPES:
+            return as_bytes(data[first]), []
         out, measures = fold(
-            elements,
-            chunk.segment,
-            chunk.start // elements.element_size(),
+            [(data[i].view(TORCH_DTYPES[tensor.origins[i].ref.dtype]), weight) for i, weight in mixture.items()],
+            [(step, self._layers.get(step, alpha, device)) for step, alpha in steps],
+            chunk.start,
             TORCH_DTYPES[tensor.dtype],
             compute=self._engine.compute,
             device=device,
             tile=chunk.segment.tile(TILE_ELEMENTS[device.type]),
-            operator=lambda step: self._layers.get(step, device),
         )
+        if all(tensor.origins[i].adapter is None for i in mixture):
+            # The base's infinities, as in a mask, are its own affair.
+            measures = [replace(m, unsound=0) for m in measures]
         return as_bytes(out), measures
+
+
+def _width(tensor: TensorPlan, origin: int) -> int:
+    """Return the bytes of an element of one of a tensor's origins."""
+    ref = tensor.origins[origin].ref
+    return ref.nbytes // ref.num_elements
 
 
 def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
@@ -229,18 +330,10 @@ def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
     )
 
 
-def _journal_entry(
-    shard: Shard[TensorPlan], sha256: str, measures: dict[str, Measure], layers: LayerCache
-) -> dict[str, object]:
-    tensors = {}
-    for tensor in shard.tensors:
-        measure = measures.get(tensor.name)
-        residuals = [layers.residuals[s.adapter, s.layer.module] for s in tensor.steps]
-        tensors[tensor.name] = {
-            "measure": asdict(measure) if measure is not None else None,
-            "residual": max(residuals) if residuals else None,
-        }
-    return {"sha256": sha256, "tensors": tensors}
+def _output_result(plan: FoldPlan, variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> OutputResult:
+    entries = {s.name: done[variant.path(s.name)] for s in plan.shards}
+    tensors = tuple(_result(t, entries[s.name]) for s in plan.shards for t in s.tensors)
+    return OutputResult(variant, tensors, {name: entry["sha256"] for name, entry in entries.items()})
 
 
 def _result(tensor: TensorPlan, entry: Mapping[str, Any]) -> TensorResult:

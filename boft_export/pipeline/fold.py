@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from boft_export.adapters import View
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.layers import LayerOperator
-from boft_export.planning import Segment, Step
+from boft_export.planning import Step
 
 
 @dataclass(frozen=True)
@@ -61,51 +61,61 @@ class Measure:
 
 
 def fold(
-    source: Tensor,
-    segment: Segment,
+    mixture: Sequence[tuple[Tensor, float]],
+    steps: Sequence[tuple[Step, LayerOperator]],
     start: int,
     dtype: torch.dtype,
     *,
     compute: torch.dtype,
     device: torch.device,
     tile: int,
-    operator: Callable[[Step], LayerOperator],
 ) -> tuple[Tensor, list[Measure]]:
-    """Apply a segment's steps to a run of its elements and round the result once.
+    """Apply steps to a run of a tensor's elements and round the result once.
 
     Args:
-        source: The elements, flat, on the CPU.
-        segment: The segment they belong to.
-        start: The element of the tensor at which they begin; a whole number of tiles into the segment.
+        mixture: What the elements are a weighted sum of: each one's elements, flat, on the CPU, and its weight.
+        steps: The steps in order, each with its operator.
+        start: The element of the tensor at which they begin; a whole number of tiles into its segment.
         dtype: The output's dtype.
         compute: The dtype to compute in.
         device: Where to compute.
         tile: Elements to compute at once. Tiles lie at fixed places in the tensor, so that the sums, and with them the
             last bits, don't depend on how the work is cut.
-        operator: Gives the operator of a step.
 
     Returns:
         The new elements, flat, on the CPU, and what was done to each tile: whoever adds that up in the tensor's order
         gets the same sums however the work is cut.
     """
-    out = torch.empty(source.numel(), dtype=dtype)
+    count = mixture[0][0].numel()
+    out = torch.empty(count, dtype=dtype)
     measures = []
-    for offset in range(0, source.numel(), tile):
-        piece = source[offset : offset + tile]
-        # The copy also puts the tile at an aligned address, which some BLAS kernels' order of summation depends on.
-        x = piece.to(device=device, dtype=compute, copy=True)
+    for offset in range(0, count, tile):
+        x = _mix([(m[offset : offset + tile], weight) for m, weight in mixture], device, compute)
         y = x
-        for step in segment.steps:
-            y = _apply(step, operator(step), y, start + offset)
+        for step, operator in steps:
+            y = _apply(step, operator, y, start + offset)
         rounded = round_once(y, dtype)
         out[offset : offset + tile] = rounded
         measures.append(_measure(x, y, rounded.to(compute)))
     return out, measures
 
 
+def _mix(mixture: Sequence[tuple[Tensor, float]], device: torch.device, compute: torch.dtype) -> Tensor:
+    """Return a weighted sum of tiles; one tile alone is converted and nothing more."""
+    # The copy also puts the tile at an aligned address, which some BLAS kernels' order of summation depends on.
+    tiles = [tile.to(device=device, dtype=compute, copy=True) for tile, _ in mixture]
+    if len(tiles) == 1:
+        return tiles[0]
+    total = torch.zeros_like(tiles[0])
+    for tile, (_, weight) in zip(tiles, mixture, strict=True):
+        total.add_(tile, alpha=weight)
+    return total
+
+
 def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Tensor:
     """Apply one step to a tile that begins at element ``start`` of the tensor."""
     rotation, scale = operator.rotation, operator.scale
+    before = flat
     if step.view is View.INPUT:
         x = flat.view(-1, step.layer.num_features)
         first = (start - step.start) // x.shape[1]
@@ -118,7 +128,8 @@ def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Ten
         x = rotation.restrict(first, first + x.shape[0]).rotate_rows(x)
         if scale is not None:
             x = x * scale
-    return x.reshape(-1)
+    after = x.reshape(-1)
+    return after if operator.weight == 1 else (1 - operator.weight) * before + operator.weight * after
 
 
 def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,18 @@ from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
 from boft_export.errors import InputError, Level, Notice
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
+from boft_export.linalg.interpolation import interpolate_rotation, interpolate_scale
+from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import SMALLEST_STAGE
 from boft_export.linalg.rotation import Factor, Rotation
 from boft_export.pipeline.memory import rotation_bytes
 from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import FoldPlan, SourcedAdapter, Step
+from boft_export.planning.strength import Course
 
-_ORTHOGONAL = {Parametrization.CAYLEY: lambda a: cayley(skew(a))}
+# The skew generators that trained blocks stand for, and the blocks made of them.
+_GENERATOR = {Parametrization.CAYLEY: skew}
+_ORTHOGONAL = {Parametrization.CAYLEY: cayley}
 _INDEX = {Pairing.BUTTERFLY: butterfly_index}
 
 
@@ -31,10 +36,25 @@ class LayerOperator:
     Attributes:
         rotation: R, over n features.
         scale: s, shape (out,); None for none.
+        weight: How much of diag(s) W R^T the result is; the rest is W as it was.
     """
 
     rotation: Rotation
     scale: Tensor | None
+    weight: float = 1.0
+
+    def at(self, alpha: float, path: InterpolationPath) -> LayerOperator:
+        """Return the operator at ``alpha`` of a path; at 1 it is this one.
+
+        Raises:
+            ValueError: If there is no such point.
+        """
+        if alpha == 1:
+            return self
+        if path is InterpolationPath.LINEAR:
+            return replace(self, weight=alpha)
+        scale = None if self.scale is None else interpolate_scale(self.scale, alpha)
+        return LayerOperator(interpolate_rotation(self.rotation, alpha, path), scale)
 
 
 def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
@@ -46,13 +66,16 @@ def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
     """
     trained = read_tensor(source.refs[layer.blocks])
     try:
-        blocks = _ORTHOGONAL[layer.parametrization](trained)
+        generators = _GENERATOR[layer.parametrization](trained)
+        blocks = _ORTHOGONAL[layer.parametrization](generators)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not marked so
         raise _no_rotation(source, layer) from error
     if not torch.isfinite(blocks).all():
         raise _no_rotation(source, layer)
     index = _INDEX[layer.pairing]
-    factors = (Factor(blocks[i], index(i, layer.num_blocks, layer.block_size)) for i in range(layer.num_factors))
+    factors = (
+        Factor(blocks[i], index(i, layer.num_blocks, layer.block_size), generators[i]) for i in range(layer.num_factors)
+    )
     scale = None if layer.scale is None else read_tensor(source.refs[layer.scale]).reshape(-1)
     return LayerOperator(Rotation(tuple(factors)), scale)
 
@@ -95,32 +118,39 @@ def inspect_values(source: SourcedAdapter) -> tuple[list[Notice], list[str]]:
     return notices, untrained
 
 
+# A layer's operators by alpha.
+Operators = dict[float, LayerOperator]
+
+
 class LayerCache:
     """Operators ready to fold with, fused and on their device: built once each, the last few kept.
 
     Args:
         plan: The plan whose steps will be asked for.
+        course: The path, and how far each output goes.
         dtype: The dtype to compute in.
         limit: Bytes that those kept may take, as ``rotation_bytes`` counts them.
     """
 
-    def __init__(self, plan: FoldPlan, dtype: torch.dtype, limit: int) -> None:
+    def __init__(self, plan: FoldPlan, course: Course, dtype: torch.dtype, limit: int) -> None:
         self._plan = plan
+        self._path = course.path
+        self._alphas = course.alphas_of_layers(plan)
         self._dtype = dtype
         self._limit = limit
         self._kept = 0
-        self._entries: OrderedDict[tuple[int, str, torch.device], tuple[Future[LayerOperator], int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, str, torch.device], tuple[Future[Operators], int]] = OrderedDict()
         self._lock = threading.Lock()
-        self.residuals: dict[tuple[int, str], float] = {}
+        self.residuals: dict[tuple[int, str, float], float] = {}
 
-    def get(self, step: Step, device: torch.device) -> LayerOperator:
-        """Return the operator of ``step`` on ``device``; threads that ask at once share one build."""
+    def get(self, step: Step, alpha: float, device: torch.device) -> LayerOperator:
+        """Return the operator of ``step`` at ``alpha`` on ``device``; threads that ask at once share one build."""
         key = (step.adapter, step.layer.module, device)
         with self._lock:
             entry = self._entries.get(key)
             mine = entry is None
             if entry is None:
-                entry = self._entries[key] = Future(), rotation_bytes(step)
+                entry = self._entries[key] = Future(), rotation_bytes(step, self._path, self._alphas[key[:2]])
                 self._kept += entry[1]
                 while self._kept > self._limit and len(self._entries) > 1:
                     self._kept -= self._entries.popitem(last=False)[1][1]
@@ -130,12 +160,23 @@ class LayerCache:
                 future.set_result(self._build(step, device))
             except BaseException as error:  # noqa: BLE001  # it is raised where the operator is asked for
                 future.set_exception(error)
-        return future.result()
+        return future.result()[alpha]
 
-    def _build(self, step: Step, device: torch.device) -> LayerOperator:
-        built = build_layer(self._plan.adapters[step.adapter], step.layer)
-        self.residuals[step.adapter, step.layer.module] = built.rotation.residual()
-        scale = None if built.scale is None else built.scale.to(device, self._dtype)
+    def _build(self, step: Step, device: torch.device) -> Operators:
+        """Build a layer's operators at all its alphas at once, from one decomposition."""
+        source = self._plan.adapters[step.adapter]
+        built = build_layer(source, step.layer)
         # Seen as (n, out), a weight is folded group by group: the rotation must come apart there.
         smallest = SMALLEST_STAGE if step.view is View.INPUT else 1
-        return LayerOperator(built.rotation.fused(smallest).to(device, self._dtype), scale)
+        operators: Operators = {}
+        for alpha in self._alphas[step.adapter, step.layer.module]:
+            try:
+                there = built.at(alpha, self._path)
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # as above
+                raise _no_rotation(source, step.layer) from error
+            self.residuals[step.adapter, step.layer.module, alpha] = there.rotation.residual()
+            scale = None if there.scale is None else there.scale.to(device, self._dtype)
+            operators[alpha] = replace(
+                there, rotation=there.rotation.fused(smallest).to(device, self._dtype), scale=scale
+            )
+        return operators

@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from boft_export.pipeline.engine import RunResult, TensorResult
+from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
 from boft_export.planning import Action, FoldPlan, Step
+from boft_export.planning.strength import Strength
 from boft_export.version import __version__
 
 MANIFEST_NAME = "boft_export.json"
 SCHEMA_VERSION = 1
 
 
-def manifest(plan: FoldPlan, run: RunResult, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest: the same for every run over the same inputs and settings, with no local paths or times."""
+def manifest(
+    command: str, plan: FoldPlan, run: RunResult, output: OutputResult, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return an output's manifest: the same for every run over the same inputs and settings, with no paths or times."""
 
     def hashes(prefix: str) -> dict[str, str]:
         return {n.removeprefix(prefix): h for n, h in run.inputs.items() if n.startswith(prefix)}
@@ -36,22 +39,23 @@ def manifest(plan: FoldPlan, run: RunResult, settings: Mapping[str, Any]) -> dic
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "boft-export", "version": __version__},
-        "command": "merge",
+        "command": command,
         "base": base,
         "adapters": adapters,
         "settings": dict(settings),
         "config_edits": [{"path": list(e.path), "value": e.value, "reason": e.reason} for e in plan.edits],
-        "files": {s.name: {"bytes": s.nbytes, "sha256": run.files[s.name]} for s in plan.shards},
-        "tensors": {r.plan.name: tensor_record(r) for r in run.tensors},
+        "files": {s.name: {"bytes": s.nbytes, "sha256": output.files[s.name]} for s in plan.shards},
+        "tensors": {r.plan.name: tensor_record(r, output.variant.strength) for r in output.tensors},
         "notices": [
             {"level": n.level.value, "code": n.code, "subject": n.subject, "message": n.message} for n in plan.notices
         ],
     }
 
 
-def tensor_record(result: TensorResult) -> dict[str, Any]:
+def tensor_record(result: TensorResult, strength: Strength) -> dict[str, Any]:
     """Return what the manifest says of one tensor."""
     plan = result.plan
+    alphas = strength.of(plan.name)
     record: dict[str, Any] = {"action": plan.action.value, "dtype": plan.dtype, "shape": list(plan.shape)}
     if plan.source.name != plan.name or plan.source is not plan.base:
         record["source"] = plan.source.name
@@ -62,14 +66,15 @@ def tensor_record(result: TensorResult) -> dict[str, Any]:
         record["rounding_loss"] = result.measure.rounding_loss
     if plan.steps:
         record["orthogonality_residual"] = result.residual
-        record["steps"] = [_step(s) for s in plan.steps]
+        record["steps"] = [_step(s, alphas[s.adapter]) for s in plan.steps]
     return record
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: Step, alpha: float) -> dict[str, Any]:
     layer = step.layer
     return {
         "adapter": step.adapter,
+        "alpha": alpha,
         "module": layer.module,
         "num_factors": layer.num_factors,
         "num_blocks": layer.num_blocks,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.errors import ResourceError
+from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import SMALLEST_STAGE, plan_stages
 from boft_export.planning import Action, FoldPlan, Segment, Step, TensorPlan
+from boft_export.planning.strength import Course
 
 # The interpreter with torch's libraries in it.
 RUNTIME_BYTES = 300 << 20
@@ -20,6 +24,8 @@ DEFAULT_IN_FLIGHT = 128 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
 _TILES_ALIVE = 6
+# Real matrices' worth of memory that finding eigenvectors and taking a power of them needs at once.
+_DECOMPOSITION = 10
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,29 @@ class MemoryPlan:
     Attributes:
         in_flight: Bytes of weights read and not yet written, at most.
         chunk: Bytes to read at once.
+        share: Bytes in flight that a chunk may take, so that reading, folding and writing go on side by side.
         rotations: Bytes of rotations to keep ready: those of one more tensor than there are threads that fold.
         peak: The whole process, at most.
     """
 
     in_flight: int
     chunk: int
+    share: int
     rotations: int
     peak: int
 
+    def tiles(self, tensor: TensorPlan, segment: Segment, tile: int, outputs: int) -> int:
+        """Return how many tiles of ``tile`` elements make a chunk."""
+        width = max(o.ref.nbytes // o.ref.num_elements for o in tensor.origins)
+        return max(1, min(self.chunk // (tile * width), self.share // chunk_bytes(tensor, segment, tile, outputs)))
 
-def plan_memory(plan: FoldPlan, limit: int | None, jobs: int, device: str = "cpu") -> MemoryPlan:
-    """Divide memory for a merge.
+
+def plan_memory(plan: FoldPlan, course: Course, limit: int | None, jobs: int, device: str = "cpu") -> MemoryPlan:
+    """Divide memory for a run.
 
     Args:
         plan: What will be done.
+        course: How far each output goes.
         limit: Bytes the whole process may take; None for what runs well.
         jobs: Threads that fold.
         device: ``cpu`` or ``cuda``; on a GPU the tiles are in its own memory.
@@ -54,33 +68,45 @@ def plan_memory(plan: FoldPlan, limit: int | None, jobs: int, device: str = "cpu
     folded = [(t, s) for t in plan.tensors if t.action is not Action.COPY for s in t.segments]
     tile = max((s.tile(TILE_ELEMENTS[device]) for _, s in folded), default=0)
     scratch = jobs * tile * 8 * _TILES_ALIVE if device == "cpu" else 0
-    rotations = (jobs + 1) * max((sum(map(rotation_bytes, t.steps)) for t, _ in folded), default=0)
+    alphas = course.alphas_of_layers(plan)
+
+    def kept(tensor: TensorPlan) -> int:
+        return sum(rotation_bytes(s, course.path, alphas[s.adapter, s.layer.module]) for s in tensor.steps)
+
+    rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
     fixed = RUNTIME_BYTES + scratch + rotations
-    smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device])) for t, s in folded), default=1 << 16)
+    outputs = len(course.variants)
+    smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * smallest) if limit is None else limit - fixed
     if in_flight < smallest:
         raise ResourceError(
-            f"{limit or 0:,} bytes of memory are too few: this merge needs {fixed + smallest:,}.",
+            f"{limit or 0:,} bytes of memory are too few: this run needs {fixed + smallest:,}.",
             hint=f"Raise --max-memory to at least {-(-(fixed + smallest) // (1 << 20))}MiB, or use fewer --jobs.",
         )
     chunk = max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1))), 1 << 16)
-    return MemoryPlan(in_flight, chunk, rotations, fixed + in_flight)
+    return MemoryPlan(in_flight, chunk, in_flight // (jobs + 1), rotations, fixed + in_flight)
 
 
-def rotation_bytes(step: Step) -> int:
-    """Return the size of a step's rotation, built and fused, in float64."""
+def rotation_bytes(step: Step, path: InterpolationPath, alphas: Sequence[float]) -> int:
+    """Return the size of a step's rotations at ``alphas``, built and fused, in float64."""
     layer = step.layer
-    stages = plan_stages(layer.num_factors, layer.run_size)
-    fused = sum(max(layer.run_size(i, j), SMALLEST_STAGE) for i, j in stages)
-    # Trained blocks and their transforms are there while the stages are built.
-    return 8 * layer.num_features * (fused + 3 * layer.num_factors * layer.block_size)
+    stages = [layer.run_size(i, j) for i, j in plan_stages(layer.num_factors, layer.run_size)]
+    # Between base and tuned, a geodesic is dense in each coupled group.
+    whole = path is InterpolationPath.GEODESIC and layer.num_factors > 1
+    between = [layer.run_size(0, layer.num_factors)] if whole else stages
+    fused = sum(max(size, SMALLEST_STAGE) for a in alphas for size in (stages if a == 1 else between))
+    # Trained blocks and their transforms are there while the stages are built, and with them a decomposition: complex
+    # eigenvectors, what they were found from, and one power in the making.
+    blocks = layer.num_factors * layer.block_size
+    decomposed = 0 if all(a == 1 for a in alphas) else _DECOMPOSITION * (between[0] if whole else blocks)
+    return 8 * layer.num_features * (fused + 3 * blocks + decomposed)
 
 
-def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int) -> int:
-    """Return the bytes in flight for ``elements`` of a segment: what is read and what is written."""
+def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int, outputs: int) -> int:
+    """Return the bytes in flight for ``elements`` of a segment: what is read, and what is written to each output."""
     count = min(elements, segment.stop - segment.start)
-    total = max(tensor.source.num_elements, 1)
-    return count * (tensor.source.nbytes // total + 8 * (tensor.action is not Action.COPY))
+    read = sum(o.ref.nbytes // max(o.ref.num_elements, 1) for o in tensor.origins)
+    return count * (read + DTYPE_BITS[tensor.dtype] // 8 * outputs)
 
 
 def default_jobs() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from boft_export.errors import Level
 from boft_export.planning import Action, FoldPlan
+from boft_export.planning.strength import number_text
 from boft_export.version import __version__
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
@@ -26,8 +28,14 @@ def card_metadata(plan: FoldPlan) -> str:
     return ModelCardData(**metadata).to_yaml()
 
 
-def model_card(plan: FoldPlan, metadata: str) -> str:
-    """Return the card of a merged checkpoint: what it is made of, and what of it is not the base's."""
+def model_card(plan: FoldPlan, metadata: str, asked: Mapping[str, Any]) -> str:
+    """Return the card of a checkpoint: what it is made of, and what of it is not the base's.
+
+    Args:
+        plan: What was done.
+        metadata: From ``card_metadata``.
+        asked: How far an interpolation goes, as its manifest says it; empty for a merge.
+    """
     adapters = ", then ".join(f"`{a.name}` ({a.adapter.format})" for a in plan.adapters)
     counts = ", ".join(
         f"{plan.count(action)} {verb}"
@@ -40,12 +48,18 @@ def model_card(plan: FoldPlan, metadata: str) -> str:
         )
         if plan.count(action)
     )
+    title, extent = "its adapter merged", ""
+    if asked:
+        alpha = ", ".join(map(number_text, dict.fromkeys(asked["alpha"])))
+        title = f"{alpha} of its adapter"
+        extent = f", alpha = {alpha} of the way from base (0) to tuned (1) on the {asked['path']} path"
+        extent += ", some tensors as far as a map says" if asked["alpha_map"] else ""
     lines = [
-        f"# {plan.base.name.rsplit('/', 1)[-1]} with its adapter merged",
+        f"# {plan.base.name.rsplit('/', 1)[-1]} with {title}",
         "",
         (
             f"`{_base_id(plan) or plan.base.name}` with {adapters} folded into its weights by boft-export "
-            f"{__version__}. It loads like the base and needs no adapter library."
+            f"{__version__}{extent}. It loads like the base and needs no adapter library."
         ),
         "",
         f"Tensors: {counts}. `boft_export.json` has the inputs' hashes and what was done to each tensor.",

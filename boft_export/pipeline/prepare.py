@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
 from boft_export.errors import ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
+from boft_export.pipeline.options import RunOptions
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.sizes import parse_size
+from boft_export.planning.strength import Course, Interpolation
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge that can begin.
+    """A run that can begin.
 
     Attributes:
         plan: What will be done.
+        course: How far each output goes.
         output: Where.
         memory: How memory is divided.
         jobs: Threads that fold.
     """
 
     plan: FoldPlan
+    course: Course
     output: Path
     memory: MemoryPlan
     jobs: int
@@ -68,16 +72,19 @@ def prepare(
     base: Ref | None,
     adapters: Ref | Sequence[Ref],
     output: Ref,
-    *,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    max_memory: str | int | None = None,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    device_type: str = "cpu",
-    sources: Sources | None = None,
+    interpolation: Interpolation,
+    options: RunOptions,
+    device_type: str,
 ) -> Prepared:
-    """Check all that headers and options can show; the arguments are those of ``merge``.
+    """Check all that headers and options can show.
+
+    Args:
+        base: The base checkpoint; None for the one the adapter names.
+        adapters: One adapter or several, in the order in which they apply.
+        output: The folder to write.
+        interpolation: How far to go.
+        options: How it is done.
+        device_type: ``cpu`` or ``cuda``.
 
     Raises:
         UsageError: If an argument can't be understood, or ``output`` may not be written.
@@ -86,22 +93,26 @@ def prepare(
         ResourceError: If memory does not suffice.
     """
     target = Path(output)
-    check_output(target, overwrite=overwrite)
-    workers = jobs if jobs is not None else default_jobs()
-    if workers < 1:
-        raise UsageError(f"{workers} jobs can't do anything.", hint="Give --jobs 1 or more.")
-    limit = parse_size(max_memory) if max_memory is not None else None
-    plan = plan_merge(base, adapters, dtype=dtype, max_shard_size=max_shard_size, sources=sources)
+    check_output(target, overwrite=options.overwrite)
+    jobs = options.jobs if options.jobs is not None else default_jobs()
+    if jobs < 1:
+        raise UsageError(f"{jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
+    limit = parse_size(options.max_memory) if options.max_memory is not None else None
+    plan = plan_merge(
+        base, adapters, dtype=options.dtype, max_shard_size=options.max_shard_size, sources=options.sources
+    )
     _keep_off_inputs(target, plan, {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()})
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
+    course = interpolation.course(plan)
+    plan = replace(plan, notices=(*interpolation.notices(plan), *plan.notices))
     while True:
         try:
-            return Prepared(plan, target, plan_memory(plan, limit, workers, device_type), workers)
+            return Prepared(plan, course, target, plan_memory(plan, course, limit, jobs, device_type), jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.
-            if jobs is not None or workers == 1:
+            if options.jobs is not None or jobs == 1:
                 raise
-            workers -= 1
+            jobs -= 1
 
 
 def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:

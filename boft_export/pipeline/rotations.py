@@ -1,16 +1,21 @@
-"""Writing an adapter's dense rotations to a file."""
+"""An adapter's rotations themselves: one by one, or dense in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torch import Tensor
+
+from boft_export.adapters import AdapterLayer
 from boft_export.checkpoint.safetensors_file import header_bytes
 from boft_export.checkpoint.staging import file_system_errors, free_bytes, write_whole
 from boft_export.errors import InputError, ResourceError, UsageError, raise_for_errors
-from boft_export.pipeline.engine import Progress
+from boft_export.linalg.rotation import Rotation
 from boft_export.pipeline.layers import build_layer, check_values
+from boft_export.pipeline.options import Progress
 from boft_export.pipeline.torch_io import as_bytes
 from boft_export.planning import SourcedAdapter
 from boft_export.planning.inputs import Ref, Sources
@@ -31,6 +36,39 @@ class DenseRotation:
     num_features: int
     group_size: int
     residual: float
+
+
+@dataclass(frozen=True)
+class LayerRotation:
+    """One layer's rotation and scales, float64: W' = diag(s) W R^T.
+
+    Attributes:
+        module: The layer.
+        rotation: R, as the product of factors that was trained.
+        scale: s, shape (out,); None for none.
+    """
+
+    module: str
+    rotation: Rotation
+    scale: Tensor | None
+
+
+def read_rotations(adapter: Ref, *, layer: str = "*", sources: Sources | None = None) -> Iterator[LayerRotation]:
+    """Yield each layer's rotation and scales, one layer in memory at a time.
+
+    Args:
+        adapter: The adapter: a local path or a Hub id.
+        layer: A glob pattern of module names; all layers by default.
+        sources: Where the adapter comes from.
+
+    Raises:
+        InputError: If no layer matches, or the adapter is damaged.
+        AccessError: If a file can't be read.
+    """
+    source, layers = _open(adapter, layer, sources)
+    for item in layers:
+        built = build_layer(source, item)
+        yield LayerRotation(item.module, built.rotation, built.scale)
 
 
 def write_rotations(
@@ -63,14 +101,8 @@ def write_rotations(
     target = Path(output)
     if target.is_dir() or (target.exists() and not overwrite):
         raise UsageError(f"{target} exists.", hint="Choose another -o, or replace it with --overwrite.")
-    source = (sources or Sources()).adapter(adapter)
+    source, layers = _open(adapter, layer, sources)
     _keep_off_adapter(target, adapter, source)
-    raise_for_errors(source.adapter.notices, "the adapter can't be read")
-    raise_for_errors(check_values(source), "the adapter can't be used")
-    layers = [x for x in source.adapter.layers if fnmatchcase(x.module, layer)]
-    if not layers:
-        known = ", ".join(x.module for x in source.adapter.layers[:3])
-        raise InputError(f"no layer of {source.name} matches {layer}: it has {known}, ...", hint="Quote the pattern.")
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     for item in layers:
         entries.append((f"{item.module}.rotation", "F64", (item.num_features, item.num_features)))
@@ -98,6 +130,18 @@ def write_rotations(
             group = item.run_size(0, item.num_factors)
             written.append(DenseRotation(item.module, item.num_features, group, built.rotation.residual()))
     return written
+
+
+def _open(adapter: Ref, layer: str, sources: Sources | None) -> tuple[SourcedAdapter, list[AdapterLayer]]:
+    """Open an adapter, check it, and return it with its layers that match a pattern."""
+    source = (sources or Sources()).adapter(adapter)
+    raise_for_errors(source.adapter.notices, "the adapter can't be read")
+    raise_for_errors(check_values(source), "the adapter can't be used")
+    layers = [x for x in source.adapter.layers if fnmatchcase(x.module, layer)]
+    if not layers:
+        known = ", ".join(x.module for x in source.adapter.layers[:3])
+        raise InputError(f"no layer of {source.name} matches {layer}: it has {known}, ...", hint="Quote the pattern.")
+    return source, layers
 
 
 def _keep_off_adapter(output: Path, adapter: Ref, source: SourcedAdapter) -> None:

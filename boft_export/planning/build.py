@@ -17,7 +17,7 @@ from boft_export.planning.config_edits import (
     set_labels,
 )
 from boft_export.planning.draft import Draft, Slot
-from boft_export.planning.model import FoldPlan, Step
+from boft_export.planning.model import FoldPlan, Origin, Step
 from boft_export.planning.names import Rule, find_rules, fused_parent, near_matches, spellings
 from boft_export.planning.output import lay_out, side_files
 from boft_export.planning.sourced import SourcedAdapter
@@ -118,7 +118,7 @@ class _Planner(Draft):
             self.note(Level.INFO, "rename", source.name, f"its names are found in the base as {rule}")
         if len(rules) == 1 and not rules[0].new:
             self.stripped = rules[0].old
-        self._replace(source, rules)
+        self._replace(position, source, rules)
         taken: dict[str, list[tuple[tuple[int, int], str]]] = {}
         for layer in adapter.layers:
             place = self._place(layer, rules)
@@ -287,12 +287,13 @@ class _Planner(Draft):
 
     # Replacing
 
-    def _replace(self, source: SourcedAdapter, rules: Sequence[Rule]) -> None:
+    def _replace(self, position: int, source: SourcedAdapter, rules: Sequence[Rule]) -> None:
         for item in source.adapter.replacements:
-            ref = source.refs[item.key]
+            origin = Origin(source.refs[item.key], position)
+            ref = origin.ref
             found = self._find_replaced(item, rules)
             if found is None:
-                self._add(source, item, ref)
+                self._add(source, item, origin)
                 continue
             slot = self.slots[found]
             if slot.steps:
@@ -309,7 +310,7 @@ class _Planner(Draft):
                     Level.WARNING, "replaced-twice", item.name, f"{source.name} replaces it again; the last one counts"
                 )
             if self._check_shape(item, slot.source, ref):
-                slot.source = ref
+                slot.origins.append(origin)
                 if ref.shape != (slot.base.shape if slot.base else ref.shape):
                     self._resize(found, slot, ref, source)
                 self._set_labels(item.name, ref)
@@ -370,15 +371,16 @@ class _Planner(Draft):
                 "Put the tokenizer it was trained with beside it.",
             )
 
-    def _add(self, source: SourcedAdapter, item: Replacement, ref: TensorRef) -> None:
+    def _add(self, source: SourcedAdapter, item: Replacement, origin: Origin) -> None:
+        ref = origin.ref
         tied = self.ties.head_on_disk(item.name)
         if tied is not None:
             head, embedding = tied
             if self._check_shape(item, self.base.tensors[embedding], ref):
-                self.slots[head] = Slot(None, ref)
+                self.slots[head] = Slot(None, [Origin(self.base.tensors[embedding]), origin])
             return
         if item.may_add:
-            self.slots[item.name] = Slot(None, ref)
+            self.slots[item.name] = Slot(None, [origin])
             trained = self.trained_class(source)
             own = [str(a) for a in self.base.config.get("architectures") or ()]
             if trained is not None and trained in own:

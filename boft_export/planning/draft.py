@@ -8,19 +8,34 @@ from dataclasses import dataclass, field
 from boft_export.checkpoint import Checkpoint, TensorRef
 from boft_export.errors import Level, Notice
 from boft_export.planning.config_edits import trained_class
-from boft_export.planning.model import ConfigEdit, Step
+from boft_export.planning.model import ConfigEdit, Origin, Step
 from boft_export.planning.renames import names_in_memory
 from boft_export.planning.sourced import SourcedAdapter
 
 
 @dataclass
 class Slot:
-    """One tensor of the output while the plan is made."""
+    """One tensor of the output while the plan is made.
+
+    Attributes:
+        base: The base's tensor; None where the base has none.
+        origins: Where its values come from: the base's, then each one that an adapter puts in its place.
+        steps: Each step with the rows it applies to, half open.
+    """
 
     base: TensorRef | None
-    source: TensorRef
+    origins: list[Origin]
     steps: list[tuple[int, int, Step]] = field(default_factory=list)
-    """Each step with the rows it applies to, half open."""
+
+    @classmethod
+    def of_base(cls, ref: TensorRef) -> Slot:
+        """Return the slot of one of the base's tensors."""
+        return cls(ref, [Origin(ref)])
+
+    @property
+    def source(self) -> TensorRef:
+        """The origin that counts: the last."""
+        return self.origins[-1].ref
 
     @property
     def resized(self) -> bool:
@@ -50,7 +65,7 @@ class Draft:
     def __init__(self, base: Checkpoint, adapters: Sequence[SourcedAdapter]) -> None:
         self.base = base
         self.adapters = tuple(adapters)
-        self.slots = {name: Slot(ref, ref) for name, ref in base.tensors.items()}
+        self.slots = {name: Slot.of_base(ref) for name, ref in base.tensors.items()}
         self.in_memory = names_in_memory(base.config, base.tensors)
         self.notices: list[Notice] = base.notices()
         self.edits: list[ConfigEdit] = []

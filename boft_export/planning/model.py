@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from boft_export.adapters import AdapterLayer, View
-from boft_export.checkpoint import Checkpoint, Shard, TensorRef
+from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, Shard, TensorRef
 from boft_export.errors import Notice
 from boft_export.planning.sourced import SourcedAdapter
 
@@ -30,6 +31,19 @@ class Action(StrEnum):
     """The adapter's tensor in place of the base's."""
     ADD = "add"
     """A tensor that the base's files don't have."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor's values come from, before any rotation.
+
+    Attributes:
+        ref: The values.
+        adapter: The adapter that puts them in the place of those before, by its position; None for the base's own.
+    """
+
+    ref: TensorRef
+    adapter: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class TensorPlan:
         dtype: Its dtype in the output.
         shape: Its shape.
         action: What is done.
-        source: Where its values come from, before any rotation.
+        origins: Where its values come from, before any rotation: each one takes the place of those before it.
         base: The base's tensor it stands for; None where the base has none.
         segments: Its elements in order; without steps where they are only copied or converted.
     """
@@ -89,9 +103,34 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     action: Action
-    source: TensorRef
+    origins: tuple[Origin, ...]
     base: TensorRef | None
     segments: tuple[Segment, ...]
+
+    @property
+    def source(self) -> TensorRef:
+        """The origin that counts in a merge: the last."""
+        return self.origins[-1].ref
+
+    def mixture(self, segment: Segment, alphas: Sequence[float]) -> dict[int, float]:
+        """Return which origins a segment's values are made of, by number, and the weight of each; they add up to 1.
+
+        Each adapter goes linearly from what was there before it to what it brings. Rows that were not there before are
+        taken as they are brought, and so is what is no floating-point tensor, unless its adapter is left out.
+
+        Args:
+            segment: Elements that each origin has either all or none of.
+            alphas: How far to go with each adapter.
+        """
+        weights: dict[int, float] = {}
+        for i, origin in enumerate(self.origins):
+            if origin.ref.num_elements < segment.stop:
+                continue
+            alpha = alphas[origin.adapter] if weights and origin.adapter is not None else 1.0
+            if alpha and origin.ref.dtype not in FLOAT_DTYPES:
+                alpha = 1.0
+            weights = {j: (1 - alpha) * w for j, w in weights.items()} | {i: alpha}
+        return {i: w for i, w in weights.items() if w}
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -178,7 +217,7 @@ class FoldPlan:
         """Return a digest of all that decides the output's bytes: inputs, plan and ``settings``."""
         stats = {n: (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in self.input_files().items()}
         tensors = [
-            (s.name, t.name, t.dtype, t.shape, t.action, t.source.name, t.source.file, [
+            (s.name, t.name, t.dtype, t.shape, t.action, [(o.ref.name, o.ref.file, o.adapter) for o in t.origins], [
                 (g.start, g.stop, [(p.adapter, p.layer.module, p.view, p.start) for p in g.steps]) for g in t.segments
             ])
             for s in self.shards for t in s.tensors

@@ -54,12 +54,14 @@ def _tensor(draft: Draft, name: str, as_dtype: str | None, prefix: str = "") -> 
     else:
         action = Action.COPY if dtype == source.dtype else Action.CONVERT
     width = math.prod(source.shape[1:])
-    cuts = sorted({0, source.num_elements, *(r * width for start, stop, _ in slot.steps for r in (start, stop))})
+    # A cut also where an origin has fewer rows than the output.
+    sizes = {min(o.ref.num_elements, source.num_elements) for o in slot.origins}
+    cuts = sorted({0, *sizes, *(r * width for start, stop, _ in slot.steps for r in (start, stop))})
     segments = tuple(
         Segment(a, b, tuple(s for start, stop, s in slot.steps if start * width <= a and b <= stop * width))
         for a, b in pairwise(cuts)
     )
-    return TensorPlan(prefix + name, dtype, source.shape, action, source, slot.base, segments)
+    return TensorPlan(prefix + name, dtype, source.shape, action, tuple(slot.origins), slot.base, segments)
 
 
 def _dtype_for_added(draft: Draft, source: TensorRef) -> str:

@@ -11,6 +11,7 @@ from boft_export.checkpoint import Checkpoint
 from boft_export.errors import Level
 from boft_export.planning.config_edits import set_architecture, untie
 from boft_export.planning.draft import Draft, Slot
+from boft_export.planning.model import Origin
 from boft_export.planning.tables import HEADS_IN_MEMORY, SCALED_TIED_HEADS, TIED_HEADS
 from boft_export.planning.tie_table import tied_pairs
 
@@ -56,8 +57,12 @@ class Ties:
             return None
         head, embedding = tied
         # The head is the embedding as it was: what an adapter puts in the embedding's place is not in the head.
-        self.draft.slots.setdefault(head, Slot(None, self.draft.base.tensors[embedding]))
+        self.draft.slots.setdefault(head, self._copy_of_base(embedding))
         return head
+
+    def _copy_of_base(self, name: str) -> Slot:
+        """Return a slot that the base lacks, with the values of its tensor ``name``."""
+        return Slot(None, [Origin(self.draft.base.tensors[name])])
 
     def _head_of(self, head: str) -> str | None:
         """Return the output's tensor that is ``head``, which may lie in a wrapper."""
@@ -95,7 +100,7 @@ class Ties:
                 if found is None:
                     alone = one.changed and one.base is not None and one.source.shape == one.base.shape
                     if alone and any(re.search(classes, a) for a in architectures):
-                        self.draft.slots[head] = Slot(None, self.draft.base.tensors[embedding])
+                        self.draft.slots[head] = self._copy_of_base(embedding)
                         self._set_untied(head, embedding)
                     continue
                 other = self.draft.slots[found]
@@ -125,8 +130,9 @@ class Ties:
                     self._set_untied(other, one)
             for one, other in pairs if self.untied else ():
                 partner = self.draft.slots[one]
-                source = partner.source if one.endswith(".bias") or partner.base is None else partner.base
-                self.draft.slots.setdefault(other, Slot(None, source))
+                follows = one.endswith(".bias") or partner.base is None
+                copy = Slot(None, list(partner.origins)) if follows else self._copy_of_base(one)
+                self.draft.slots.setdefault(other, copy)
 
     def _are_apart(self, one: str, other: str) -> bool:
         """Tell whether a tie no longer holds; a side that the files don't have is what the other was in the base."""

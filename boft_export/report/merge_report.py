@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from boft_export.errors import BoftExportError, Notice
 from boft_export.linalg.planner import plan_stages
 from boft_export.planning import Action, FoldPlan, TensorPlan
 from boft_export.planning.inspection import group_name
+from boft_export.planning.strength import Course
+
+if TYPE_CHECKING:
+    # At run time this would load torch, which a dry run does without.
+    from boft_export.pipeline.interpolate import InterpolationResult
 
 SCHEMA_VERSION = 1
 
 
-def plan_document(plan: FoldPlan, memory: int, free_disk: int) -> dict[str, Any]:
+def plan_document(plan: FoldPlan, course: Course, output: str, memory: int, free_disk: int) -> dict[str, Any]:
     """Return what ``--dry-run`` tells: bytes, disk and memory needed, and how each layer will be folded."""
+    outputs = [
+        {"alpha": list(v.strength.alphas), "label": v.strength.label, "folder": v.path_below(output)}
+        for v in course.variants
+    ]
+    merged = len(outputs) == 1 and course.variants[0].strength.is_full
     return {
         "schema_version": SCHEMA_VERSION,
         "dry_run": True,
         **_head(plan),
+        "path": None if merged else course.path.value,
+        "outputs": outputs,
         "bytes_to_read": plan.bytes_to_read,
-        "bytes_to_write": plan.bytes_to_write,
+        "bytes_to_write": plan.bytes_to_write * len(outputs),
         "disk_free": free_disk,
         "memory": memory,
         "tensors": {t.name: _tensor(t) for t in plan.tensors if t.action is not Action.COPY},
@@ -33,9 +45,6 @@ def result_document(
     plan: FoldPlan, output: str, manifest: Mapping[str, Any], resumed: Sequence[str], seconds: float
 ) -> dict[str, Any]:
     """Return what a finished merge tells."""
-    tensors = {
-        t.name: {**_tensor(t), **manifest["tensors"][t.name]} for t in plan.tensors if t.action is not Action.COPY
-    }
     return {
         "schema_version": SCHEMA_VERSION,
         "dry_run": False,
@@ -45,9 +54,42 @@ def result_document(
         "seconds": seconds,
         "resumed_files": list(resumed),
         "files": manifest["files"],
-        "tensors": tensors,
+        "tensors": _measured(plan, manifest),
         "notices": notice_list(plan.notices),
     }
+
+
+def interpolation_document(
+    result: InterpolationResult, evaluations: Sequence[Mapping[str, float | None] | None], seconds: float
+) -> dict[str, Any]:
+    """Return what a finished interpolation tells; ``evaluations`` has the figures of each output, where there are."""
+    plan = result.plan
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dry_run": False,
+        "output": str(result.output),
+        **_head(plan),
+        "path": result.course.path.value,
+        "bytes_written": plan.bytes_to_write * len(result.outputs),
+        "seconds": seconds,
+        "resumed_files": list(result.resumed),
+        "outputs": [
+            {
+                "alpha": list(o.strength.alphas),
+                "label": o.strength.label,
+                "folder": str(o.folder),
+                "files": o.manifest["files"],
+                "tensors": _measured(plan, o.manifest),
+                "evaluation": dict(figures) if figures is not None else None,
+            }
+            for o, figures in zip(result.outputs, evaluations, strict=True)
+        ],
+        "notices": notice_list(plan.notices),
+    }
+
+
+def _measured(plan: FoldPlan, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {t.name: {**_tensor(t), **manifest["tensors"][t.name]} for t in plan.tensors if t.action is not Action.COPY}
 
 
 def error_document(error: BoftExportError) -> dict[str, Any]:
@@ -72,13 +114,13 @@ def notice_list(notices: Iterable[Notice]) -> list[dict[str, Any]]:
     ]
 
 
-def folded_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def folded_rows(tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one row for each kind of tensor that is not copied, with the largest of what was measured.
 
     Layers that differ only in number are one kind.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for name, tensor in document["tensors"].items():
+    for name, tensor in tensors.items():
         key = (group_name(name), tensor["action"], tuple(tensor["shape"]), tuple(tensor.get("fold", ())))
         groups[key].append(tensor)
     return [

@@ -1,0 +1,177 @@
+"""``boft-export interpolate``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from boft_export.cli import options as opt
+from boft_export.cli.output import Output
+from boft_export.cli.result import show_interpolation, write_nothing
+from boft_export.cli.run import reported
+from boft_export.errors import UsageError
+from boft_export.linalg.path import InterpolationPath
+
+if TYPE_CHECKING:
+    from boft_export.pipeline.evaluation import Figures
+    from boft_export.pipeline.interpolate import InterpolationResult
+
+NAME = "interpolate"
+EPILOG = opt.examples(
+    "boft-export interpolate ./base ./my-adapter -o ./half --alpha 0.5",
+    "boft-export interpolate ./base ./my-adapter -o ./sweep --alphas 0:1:0.25 --path-report sweep.html",
+    "boft-export interpolate ./base ./style ./task -o ./mixed --alpha 0.5,0.2 --path factorwise",
+)
+_PATH = "How far to go"
+
+
+def command(
+    base: opt.Base,
+    adapters: opt.Adapters,
+    output: opt.Output,
+    *,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="0 is the base, 1 the tuned model; 0.5,0.2 for two adapters. Several times: a folder each.",
+            metavar="ALPHA",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
+    alphas: Annotated[
+        str | None,
+        typer.Option(
+            help="Several, both ends included: 0:1:0.25 writes OUT/alpha-0, OUT/alpha-0.25, ...",
+            metavar="START:STOP:STEP",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
+    path: Annotated[
+        InterpolationPath, typer.Option(help="The curve from base to tuned.", rich_help_panel=_PATH)
+    ] = InterpolationPath.GEODESIC,
+    alpha_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: glob patterns of tensor names, each with its own alpha. The last match wins.",
+            metavar="FILE",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
+    path_report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Report angles, change and energy along the path: .html, .png or .json.",
+            metavar="FILE",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            help="Python file with evaluate(model_dir) -> dict of figures, run on each output.",
+            metavar="SCRIPT",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
+    dtype: opt.Dtype = opt.OutputDtype.KEEP,
+    max_shard_size: opt.MaxShardSize = None,
+    overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
+    device: opt.Device = "auto",
+    compute_dtype: opt.Compute = opt.ComputeDtype.FLOAT64,
+    max_memory: opt.MaxMemory = None,
+    jobs: opt.Jobs = None,
+    resume: opt.Resume = False,
+    revision: opt.Revision = None,
+    adapter_revision: opt.AdapterRevision = None,
+    subfolder: opt.Subfolder = None,
+    offline: opt.Offline = False,
+    conv_view: opt.ConvMeaning = opt.ConvView.AUTO,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = 0,
+    no_progress: opt.NoProgress = False,
+) -> None:
+    """Go some of the way from base to tuned, along the rotations, and write a plain checkpoint."""
+    out = Output(as_json, quiet, verbose, no_progress, resumable=not dry_run)
+    with reported(out):
+        from boft_export.pipeline.options import RunOptions
+        from boft_export.planning.strength import interpolation, parse_alpha, parse_sweep, read_alpha_map
+
+        single, several = [parse_alpha(a) for a in alpha or ()], parse_sweep(alphas) if alphas is not None else ()
+        sweep = len(single) > 1 or alphas is not None
+        asked: dict[str, Any] = {
+            "alpha": None if sweep or not single else single[0],
+            "alphas": (*single, *several) if sweep else None,
+            "path": path,
+            "alpha_map": read_alpha_map(alpha_map) if alpha_map is not None else None,
+        }
+        request = interpolation(**asked)
+        _check_extras(path_report, evaluation, [base, *adapters], overwrite=overwrite)
+        options = RunOptions(
+            dtype=dtype.kept,
+            compute_dtype=compute_dtype.value,
+            device=device,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            jobs=jobs,
+            resume=resume,
+            overwrite=overwrite,
+            sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+        )
+        if dry_run:
+            write_nothing(out, base, adapters, output, request, options)
+            return
+        from boft_export.pipeline.interpolate import interpolate
+        from boft_export.report.merge_report import interpolation_document
+
+        started = time.monotonic()
+        with out.progress("interpolating") as progress:
+            result = interpolate(base, adapters, output, **asked, **vars(replace(options, progress=progress)))
+        seconds = time.monotonic() - started
+        # From here on there is an output, whatever becomes of the rest.
+        out.resumable = False
+        out.notices(result.plan.notices)
+        figures = _evaluate(out, evaluation, result)
+        if path_report is not None:
+            from boft_export.pipeline.path_report import measure_path
+            from boft_export.report.path_report import write_path_report
+
+            with out.progress("measuring", "layers") as progress:
+                write_path_report(measure_path(result, figures, progress), path_report)
+        show_interpolation(out, interpolation_document(result, figures, seconds))
+        if path_report is not None:
+            out.line(f"reported to {path_report}")
+
+
+def _check_extras(report: Path | None, evaluation: Path | None, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse, before any work, a report or an evaluation that could not be made after it."""
+    if report is not None:
+        from boft_export.report.path_report import check_path_report
+
+        check_path_report(report, overwrite=overwrite)
+        folders = [Path(i).resolve() for i in inputs if Path(i).is_dir()]
+        if inside := next((f for f in folders if report.resolve().is_relative_to(f)), None):
+            raise UsageError(f"{report} would write into the input {inside}.", hint="Choose a place outside of it.")
+    if evaluation is not None:
+        from boft_export.pipeline.evaluation import check_script
+
+        check_script(evaluation)
+
+
+def _evaluate(out: Output, script: Path | None, result: InterpolationResult) -> Sequence[Figures | None]:
+    if script is None:
+        return [None] * len(result.outputs)
+    from boft_export.pipeline.evaluation import evaluate
+
+    # What the script prints is not this program's data.
+    with out.progress("evaluating", "outputs") as progress, redirect_stdout(sys.stderr):
+        return evaluate(script, [o.folder for o in result.outputs], progress)

@@ -1,0 +1,219 @@
+"""A run from references to finished folders: one output of a merge, or one for each alpha, all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from boft_export.checkpoint import Staging, free_bytes
+from boft_export.checkpoint.staging import file_system_errors
+from boft_export.errors import (
+    CheckFailedError,
+    DamagedFileError,
+    InputError,
+    Level,
+    Notice,
+    ResourceError,
+    UsageError,
+    raise_for_errors,
+)
+from boft_export.pipeline.engine import Engine, OutputResult, run_plan
+from boft_export.pipeline.layers import inspect_values
+from boft_export.pipeline.manifest import MANIFEST_NAME, dump, manifest
+from boft_export.pipeline.model_card import card_metadata, model_card
+from boft_export.pipeline.options import RunOptions
+from boft_export.pipeline.prepare import prepare
+from boft_export.pipeline.torch_io import resolve_devices
+from boft_export.planning import Action, FoldPlan
+from boft_export.planning.inputs import Ref
+from boft_export.planning.sizes import parse_size
+from boft_export.planning.strength import Course, Interpolation
+from boft_export.version import __version__
+
+COMPUTE_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        output: The folder, or that of the folders.
+        plan: What was planned, with all notices.
+        course: How far each output goes.
+        outputs: What was done in each output.
+        manifests: Each output's ``boft_export.json``.
+        resumed: Weight files taken over from a killed run.
+    """
+
+    output: Path
+    plan: FoldPlan
+    course: Course
+    outputs: tuple[OutputResult, ...]
+    manifests: tuple[dict[str, Any], ...]
+    resumed: tuple[str, ...]
+
+
+def run(
+    command: str,
+    base: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    interpolation: Interpolation,
+    options: RunOptions,
+) -> Finished:
+    """Write what was asked for, all or nothing.
+
+    Args:
+        command: The verb, for the manifest.
+        base: The base checkpoint: a local path or a Hub id; None for the one the adapter names.
+        adapters: One adapter or several, in the order in which they apply.
+        output: The folder to write.
+        interpolation: How far to go, and on which path.
+        options: How it is done.
+
+    Raises:
+        CheckFailedError: If no rotated tensor differs from the base's though the adapter is trained and fully applied.
+        UsageError: If an argument can't be understood, or ``output`` may not be written.
+        InputError: If inputs don't fit together or are damaged.
+        AccessError: If the Hub or the file system fails.
+        ResourceError: If memory or disk does not suffice.
+    """
+    if options.compute_dtype not in COMPUTE_DTYPES:
+        raise UsageError(f"compute dtype {options.compute_dtype} is not one of {', '.join(COMPUTE_DTYPES)}.")
+    try:
+        devices = resolve_devices(options.device)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
+    ready = prepare(base, adapters, output, interpolation, options, devices[0].type)
+    plan, course, target = ready.plan, ready.course, ready.output
+    values = [inspect_values(a) for a in plan.adapters]
+    untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
+    plan = replace(plan, notices=(*(n for notices, _ in values for n in notices), *plan.notices))
+    raise_for_errors(plan.notices, "the adapter can't be merged into this base")
+
+    settings: dict[str, Any] = {
+        "dtype": options.dtype or "keep",
+        "compute_dtype": options.compute_dtype,
+        "device": devices[0].type,
+        "max_shard_size": parse_size(options.max_shard_size) if options.max_shard_size is not None else None,
+        "torch": torch.__version__,
+    }
+    fingerprint = _fingerprint(plan, course, settings)
+    # A card that can't be made must not cost the work of a run.
+    card = card_metadata(plan)
+    staging = Staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
+    try:
+        _check_disk(plan, course, staging)
+        engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
+        done = run_plan(plan, course, staging, engine, options.progress)
+        _check_inputs(plan, course, fingerprint, settings)
+        manifests = []
+        lost: list[Notice] = []
+        for written in done.outputs:
+            strength = written.variant.strength
+            lost += (found := _check_effect(written, untrained))
+            told = replace(plan, notices=(*plan.notices, *found))
+            asked = {} if command == "merge" else interpolation.record(strength)
+            manifests.append(manifest(command, told, done, written, {**asked, **settings}))
+            text = model_card(told, card, asked)
+            _write_side_files(plan, staging, written, dump(manifests[-1]), text)
+        plan = replace(plan, notices=(*plan.notices, *lost))
+        staging.publish()
+    except (InputError, CheckFailedError):
+        # Another run over the same inputs would end the same.
+        staging.discard()
+        raise
+    except BaseException:
+        # What is finished stays for --resume.
+        staging.keep()
+        raise
+    if staging.discarded:
+        # Only said here: the output's bytes must not depend on what was before.
+        message = "the finished files of an earlier run were discarded"
+        notice = Notice(Level.WARNING, "started-over", str(output), message, "Give --resume to take them over.")
+        plan = replace(plan, notices=(*plan.notices, notice))
+    return Finished(target, plan, course, done.outputs, tuple(manifests), done.resumed)
+
+
+def _fingerprint(plan: FoldPlan, course: Course, settings: dict[str, Any]) -> str:
+    outputs = [(v.folder, v.strength.alphas, dict(v.strength.own)) for v in course.variants]
+    return plan.fingerprint({**settings, "version": __version__, "path": course.path.value, "outputs": outputs})
+
+
+def _check_inputs(plan: FoldPlan, course: Course, fingerprint: str, settings: dict[str, Any]) -> None:
+    """Fail where an input was written to during the run: what was read of it may be of two minds."""
+    if _fingerprint(plan, course, settings) != fingerprint:
+        raise DamagedFileError("an input file changed while it was read.", hint="Run again once nothing writes to it.")
+
+
+def _check_disk(plan: FoldPlan, course: Course, staging: Staging) -> None:
+    side = sum(f.source.stat().st_size for f in plan.side_files if f.source is not None)
+    needed = sum(
+        side + sum(s.nbytes for s in plan.shards if v.path(s.name) not in staging.done) for v in course.variants
+    )
+    free = free_bytes(staging.root)
+    if needed > free:
+        raise ResourceError(
+            f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
+            hint="Free some space, or choose another -o.",
+        )
+
+
+def _check_effect(written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
+    """Note trained layers that changed nothing, as their effect was lost in rounding; fail where a whole merge was.
+
+    Args:
+        written: What was done.
+        untrained: Layers that were to change nothing, each by its adapter's number and its module.
+    """
+    strength = written.variant.strength
+    trained = lost = 0
+    first = ""
+    for result in written.tensors:
+        measure = result.measure
+        # Of zeros a rotation makes zeros: nothing is lost there.
+        if result.plan.action is not Action.FOLD or measure is None or not measure.source:
+            continue
+        alphas = strength.of(result.plan.name)
+        if all(not alphas[s.adapter] or (s.adapter, s.layer.module) in untrained for s in result.plan.steps):
+            continue
+        trained += 1
+        if not measure.changed:
+            lost += 1
+            first = first or result.plan.name
+    if not lost:
+        return []
+    hint = "Write a wider dtype: --dtype float32."
+    replaced = any(r.plan.action in (Action.REPLACE, Action.ADD) for r in written.tensors)
+    if lost == trained and not replaced and strength.is_full:
+        raise CheckFailedError(
+            f"the merge changed no element of {lost} rotated tensors: the adapter's effect is below the output's "
+            "precision.",
+            hint=hint,
+        )
+    message = (
+        f"{lost} of {trained} tensors with trained rotations are as in the base: the effect is below the output's "
+        f"precision; the first: {first}"
+    )
+    subject = "" if strength.label == "1" else f"alpha {strength.label}"
+    return [Notice(Level.WARNING, "lost-effect", subject, message, hint)]
+
+
+def _write_side_files(plan: FoldPlan, staging: Staging, written: OutputResult, manifest_text: str, card: str) -> None:
+    path = written.variant.path
+    for side in plan.side_files:
+        with staging.write(path(str(side.name))) as file:
+            if side.source is not None:
+                with file_system_errors(side.source), side.source.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write((side.text or "").encode())
+    for name, text in ((MANIFEST_NAME, manifest_text), ("README.md", card)):
+        with staging.write(path(name)) as file:
+            file.write(text.encode())

@@ -1,0 +1,297 @@
+"""How far along the path each output goes: what was asked for, checked, and told for each tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, DecimalException, InvalidOperation, Overflow
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from boft_export.checkpoint.folder import read_text
+from boft_export.errors import DamagedFileError, InputError, Level, Notice, UsageError
+from boft_export.linalg.path import InterpolationPath
+from boft_export.planning.model import Action, FoldPlan
+from boft_export.planning.names import near_matches
+
+# One alpha for all adapters, or one for each.
+Alpha = float | Sequence[float]
+AlphaMap = Mapping[str, Alpha]
+
+_MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far one output goes.
+
+    Attributes:
+        alphas: One for each adapter.
+        own: Those of the tensors that a map gives their own, by name.
+    """
+
+    alphas: tuple[float, ...]
+    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, tensor: str) -> tuple[float, ...]:
+        """Return how far a tensor goes with each adapter."""
+        return self.own.get(tensor, self.alphas)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every tensor goes all the way."""
+        return all(a == 1 for alphas in (self.alphas, *self.own.values()) for a in alphas)
+
+    @property
+    def label(self) -> str:
+        """The alphas as text: ``0.25``, or ``0.5_0.2`` where adapters differ."""
+        several = self.alphas if len(set(self.alphas)) > 1 else self.alphas[:1]
+        return "_".join(number_text(a) for a in several)
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """What was asked for.
+
+    Attributes:
+        path: The curve.
+        alphas: How far each output goes.
+        sweep: Write each output into a folder of its own, ``alpha-0.25``, also where there is only one.
+        alpha_map: Glob patterns over the output's tensor names, each with its own alpha; the last match wins.
+    """
+
+    path: InterpolationPath = InterpolationPath.GEODESIC
+    alphas: tuple[Alpha, ...] = (1.0,)
+    sweep: bool = False
+    alpha_map: AlphaMap = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the inputs.
+
+        Raises:
+            UsageError: If there is no alpha, or one is no number, or lies off the path.
+        """
+        if not self.alphas:
+            raise UsageError("there is no alpha.", hint="Give one or more: 0 is the base, 1 the tuned model.")
+        for alpha in (*self.alphas, *self.alpha_map.values()):
+            for value in _several(alpha):
+                if not math.isfinite(value):
+                    raise UsageError(f"alpha {value} is not a finite number.")
+                if self.path is InterpolationPath.TRUNCATE and not 0 <= value <= 1:
+                    raise UsageError(
+                        f"alpha {number_text(value)} is outside of [0, 1], where the path truncate has no factors.",
+                        hint="Take another --path to extrapolate.",
+                    )
+
+    def course(self, plan: FoldPlan) -> Course:
+        """Return what is to be written for a plan.
+
+        Raises:
+            UsageError: If the numbers of alphas and adapters differ, or an alpha occurs twice.
+            InputError: If a pattern of the map matches no tensor that the adapters change.
+        """
+        count = len(plan.adapters)
+        own = self._own(plan)
+        found = [Strength(_for_adapters(a, count), own) for a in self.alphas]
+        labels = [s.label for s in found]
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise UsageError(f"alpha {twice} is given more than once.")
+        return Course(self.path, tuple(Variant(f"alpha-{s.label}" if self.sweep else "", s) for s in found))
+
+    def _own(self, plan: FoldPlan) -> dict[str, tuple[float, ...]]:
+        changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT)]
+        own: dict[str, tuple[float, ...]] = {}
+        for pattern, alpha in self.alpha_map.items():
+            matches = [n for n in changed if fnmatchcase(n, pattern)]
+            if not matches:
+                near = near_matches(pattern, changed)
+                raise InputError(
+                    f"{pattern} in the alpha map matches no tensor that the adapter changes"
+                    + (f"; near matches: {', '.join(near)}" if near else "")
+                    + ".",
+                    hint="Patterns are matched with whole names, as in layers.0.*.weight; see --dry-run.",
+                )
+            own |= dict.fromkeys(matches, _for_adapters(alpha, len(plan.adapters)))
+        return own
+
+    def record(self, strength: Strength) -> dict[str, Any]:
+        """Return what one output's manifest says was asked for."""
+        return {
+            "path": self.path.value,
+            "alpha": list(strength.alphas),
+            "alpha_map": {pattern: list(_several(a)) for pattern, a in self.alpha_map.items()},
+        }
+
+    def notices(self, plan: FoldPlan) -> list[Notice]:
+        """Return what a user should know of these alphas."""
+        found = []
+        values = [v for a in (*self.alphas, *self.alpha_map.values()) for v in _several(a)]
+        if beyond := sorted({v for v in values if not 0 <= v <= 1}):
+            message = f"alpha {', '.join(map(number_text, beyond))} lies beyond base (0) and tuned model (1)"
+            found.append(Notice(Level.WARNING, "extrapolation", "", message))
+        added = [t for t in plan.tensors if t.action is Action.ADD and t.origins[0].adapter is not None]
+        if added and any(v != 1 for v in values):
+            message = f"{len(added)} tensors that the base lacks are added as they are, whatever alpha"
+            found.append(Notice(Level.WARNING, "added-whole", added[0].name, message))
+        return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One output of a run.
+
+    Attributes:
+        folder: Its folder below the run's output; empty for the output itself.
+        strength: How far it goes.
+    """
+
+    folder: str
+    strength: Strength
+
+    def path(self, name: str) -> str:
+        """Return the path below the run's output of the variant's file ``name``."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def path_below(self, output: str) -> str:
+        """Return where it is, with the run's output at ``output``."""
+        return str(Path(output) / self.folder)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run writes: a path, and how far along it each output goes.
+
+    Attributes:
+        path: The curve.
+        variants: The outputs.
+    """
+
+    path: InterpolationPath
+    variants: tuple[Variant, ...]
+
+    def alphas_of_layers(self, plan: FoldPlan) -> dict[tuple[int, str], tuple[float, ...]]:
+        """Return how far each layer goes, by its adapter's number and its module, but for 0, where it has no effect."""
+        found: dict[tuple[int, str], dict[float, None]] = {}
+        for tensor in plan.tensors:
+            for step in tensor.steps:
+                alphas = (v.strength.of(tensor.name)[step.adapter] for v in self.variants)
+                found.setdefault((step.adapter, step.layer.module), {}).update(dict.fromkeys(a for a in alphas if a))
+        return {k: tuple(v) for k, v in found.items()}
+
+
+def interpolation(
+    alpha: Alpha | None, alphas: Sequence[Alpha] | None, path: InterpolationPath | str, alpha_map: AlphaMap | None
+) -> Interpolation:
+    """Return what ``interpolate``'s arguments ask for.
+
+    Raises:
+        UsageError: If they don't say how far to go, or say it twice, or there is no such path.
+    """
+    if path not in list(InterpolationPath):
+        raise UsageError(f"path {path} is not one of {', '.join(InterpolationPath)}.")
+    if alpha is not None and alphas is not None:
+        raise UsageError("alpha and alphas are both given.", hint="Give one of them.")
+    if alpha is None and alphas is None:
+        if not alpha_map:
+            raise UsageError("it is not said how far to go.", hint="Give an alpha: 0 is the base, 1 the tuned model.")
+        alpha = 1.0
+    wanted = (alpha,) if alpha is not None else tuple(alphas or ())
+    return Interpolation(InterpolationPath(path), wanted, alphas is not None, alpha_map or {})
+
+
+def number_text(value: float) -> str:
+    """Return a number as people write it: 0.25, 1, -0.5."""
+    return repr(value + 0.0).removesuffix(".0")
+
+
+def parse_alpha(text: str) -> Alpha:
+    """Return the alpha, or the alphas in the order of the adapters, that ``0.5`` or ``0.5,0.2`` stands for.
+
+    Raises:
+        UsageError: If it is not a number, or not several with commas between them.
+    """
+    values = [float(_decimal(part, text)) for part in text.split(",")]
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def parse_sweep(text: str) -> tuple[float, ...]:
+    """Return the alphas of ``START:STOP:STEP``, both ends included where the steps meet them.
+
+    Raises:
+        UsageError: If it is not three numbers, or the steps don't lead from one to the other.
+    """
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise UsageError(f"{text} is not a range of alphas.", hint="Write START:STOP:STEP, as 0:1:0.25.")
+    # In decimals 0.1 is what it says, and so is ten times it.
+    start, stop, step = (_decimal(p, text) for p in parts)
+    try:
+        count = (stop - start) / step
+    except Overflow:
+        count = Decimal("Infinity")
+    except DecimalException:
+        count = Decimal(-1)
+    if count < 0:
+        raise UsageError(f"{text} leads nowhere: steps of {step} from {start} do not come to {stop}.")
+    if count > _MOST_STEPS:
+        raise UsageError(f"{text} is {count:.3g} alphas, more than the {_MOST_STEPS} that one run may write.")
+    return tuple(float(start + i * step) for i in range(int(count) + 1))
+
+
+def read_alpha_map(path: Path) -> dict[str, Alpha]:
+    """Return the patterns and alphas of a YAML or JSON file, in order.
+
+    Raises:
+        AccessError: If it can't be read.
+        DamagedFileError: If it is not a mapping of patterns to numbers, or to lists of them.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        where = str(getattr(error, "problem_mark", "") or "").strip()
+        raise DamagedFileError(
+            f"{path} is not valid YAML: {getattr(error, 'problem', None) or 'nested too deep'} {where}".rstrip() + ".",
+            hint="Put patterns in quotes: '*.q_proj.weight': 0.5",
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise DamagedFileError(f"{path} should map patterns to alphas, found {type(content).__name__}.")
+    for pattern, value in content.items():
+        parts = value if isinstance(value, list) and value else [value]
+        if not isinstance(pattern, str) or not all(_is_number(v) for v in parts):
+            raise DamagedFileError(
+                f"{path}: {pattern} should have a number, or a list with one for each adapter, found {value!r}."
+            )
+    return {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in content.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _decimal(text: str, whole: str) -> Decimal:
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite():
+        raise UsageError(f"{text.strip() or 'nothing'} in alpha {whole!r} is not a finite number.")
+    return value
+
+
+def _several(alpha: Alpha) -> tuple[float, ...]:
+    return tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+
+
+def _for_adapters(alpha: Alpha, count: int) -> tuple[float, ...]:
+    values = tuple(map(float, _several(alpha)))
+    if len(values) not in (1, count):
+        raise UsageError(
+            f"{len(values)} alphas {', '.join(map(number_text, values))} for {count} adapters.",
+            hint="Give one for all adapters, or one for each in their order.",
+        )
+    return values if len(values) == count else values * count

@@ -1,0 +1,209 @@
+"""Pictures and pages of a measured path: valid, complete, self-contained, and safe whatever the names in it."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from html.parser import HTMLParser
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+from matplotlib.image import imread
+
+from boft_export.plots.path_figure import draw, png_bytes
+from boft_export.plots.path_page import page
+
+HOSTILE = "<script>alert(1)</script>&amp;\"'$x_1$\u202e.\n"
+# Elements without an end.
+VOID = {"meta", "wbr", "br"}
+KINDS = ("attention.query", "attention.key", "mlp.up", "mlp.down")
+
+
+def document(
+    layers: int = 12,
+    alphas: tuple[tuple[float, ...], ...] = ((0.5,), (0.0,), (1.0,)),
+    *,
+    names: str = "",
+    evaluated: bool = True,
+    **point: float | None,
+) -> dict[str, Any]:
+    """A document as of a geodesic path; ``point`` replaces figures of all layers' points."""
+
+    def layer(i: int) -> dict[str, Any]:
+        turn = 0.1 + 0.01 * (i % 7)
+        points = [
+            {
+                "alpha": a[0],
+                "largest_angle": 2 * turn * a[0],
+                "rms_angle": turn * a[0],
+                "distance": turn * a[0] * 8,
+                "residual": 4e-16 * a[0],
+                "relative_change": turn * a[0],
+                "energy_ratio": 1 + 1e-7 * a[0],
+                **point,
+            }
+            for a in alphas
+        ]
+        module = f"model.layers.{i // 4}.{KINDS[i % 4]}{names}"
+        return {
+            "module": module,
+            "tensor": f"{module}.weight",
+            "adapter": i % len(alphas[0]) if alphas else 0,
+            "num_features": 64,
+            "base_energy": 0.7,
+            "points": points,
+        }
+
+    outputs = [
+        {
+            "alpha": list(a),
+            "label": "_".join(map(str, a)),
+            "folder": f"alpha-{a}",
+            "evaluation": {f"accuracy{names}": 0.5 + a[0] / 4, "loss": None if a[0] == 0 else 2 - a[0]}
+            if evaluated and a[0] != 0.25
+            else None,
+        }
+        for a in alphas
+    ]
+    return {
+        "schema_version": 1,
+        "tool": {"name": "boft-export", "version": "0.1.0"},
+        "path": "geodesic",
+        "base": f"base{names}",
+        "adapters": [f"adapter {i}{names}" for i in range(len(alphas[0]) if alphas else 1)],
+        "outputs": outputs,
+        "layers": [layer(i) for i in range(layers)],
+    }
+
+
+class Page(HTMLParser):
+    """A page as a parser sees it: its text, its elements, and whether each one ends where it should."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+ODD = {
+    "usual": document(),
+    "no layers": document(0),
+    "one layer": document(1),
+    "many layers": document(500, ((0.0,), (0.25,), (1.0,))),
+    "one output": document(9, ((0.5,),)),
+    "one layer and output": document(1, ((0.5,),), evaluated=False),
+    "many outputs": document(3, tuple((i / 40,) for i in range(41))),
+    "adapters apart": document(6, ((0.5, 0.2), (1.0, 0.0))),
+    "beyond": document(6, ((-0.5,), (1.5,))),
+    "no energy": document(energy_ratio=None),
+    "no energy, one output": document(9, ((0.5,),), energy_ratio=None),
+    "linear": document(residual=0.02, energy_ratio=0.98),
+    "huge": document(residual=1e30, relative_change=1e30, energy_ratio=1e30),
+    "still": document(rms_angle=0.0, largest_angle=0.0, relative_change=0.0, residual=0.0, energy_ratio=1.0),
+    "own alpha": document(alpha=0.125),
+    "hostile": document(names=HOSTILE),
+    "nothing": document(0, ()),
+}
+each = pytest.mark.parametrize("name", ODD)
+
+
+@each
+def test_pages_are_whole_and_self_contained(name: str) -> None:
+    text = page(ODD[name])
+    found = Page(text)
+    assert found.tags[:2] == ["html", "head"]
+    assert not {"script", "iframe", "object", "link", "image", "img"} & set(found.tags) - {"image"}
+    for key, value in found.attributes:
+        if key in {"src", "href", "xlink:href"}:
+            assert value.startswith(("#", "data:image/png;base64,"))
+        assert not key.startswith("on")
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "nan" not in re.sub(r"[a-z]{2,}nan|nan[a-z]+", "", "".join(found.text).lower())
+
+
+@each
+def test_pictures_are_drawn(name: str) -> None:
+    pixels = imread(BytesIO(png_bytes(ODD[name])))
+    assert 300 < pixels.shape[1] < 3000
+    assert 100 < pixels.shape[0] < 8000
+    # Something is on it.
+    assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+
+
+def test_all_that_was_measured_is_told() -> None:
+    doc = document()
+    text = "".join(Page(page(doc)).text)
+    for layer in doc["layers"]:
+        assert layer["module"] in text
+    for output in doc["outputs"]:
+        assert output["label"] in text
+    for figure in ("0.625", "0.750", "9.2", "boft-export 0.1.0", "geodesic"):
+        assert figure in text, figure
+
+
+def test_outputs_stand_in_the_order_of_their_alphas() -> None:
+    rows = re.findall(r'<th scope="row">([\d.]+)</th>', page(document()))
+    assert rows == ["0.0", "0.5", "1.0"]
+
+
+def test_layers_stand_in_the_order_of_their_numbers() -> None:
+    doc = document(48)
+    doc["layers"].sort(key=lambda layer: layer["module"])
+    found = re.findall(r'class="module">(.*?)</th>', page(doc))
+    numbers = [int(re.sub("<wbr>", "", f).split(".")[2]) for f in found]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 11
+
+
+def test_names_can_do_no_harm() -> None:
+    text = page(ODD["hostile"])
+    assert "<script" not in text
+    assert "\u202e" not in unescape(text)
+    assert "alert(1)" in "".join(Page(text).text)
+
+
+def test_ids_of_plots_are_their_own() -> None:
+    found = Page(page(ODD["usual"]))
+    ids = [v for k, v in found.attributes if k == "id"]
+    assert len(ids) == len(set(ids))
+    links = re.findall(
+        r"#([\w-]+)", " ".join(v for k, v in found.attributes if k in {"href", "clip-path", "xlink:href"})
+    )
+    assert links
+    assert set(links) <= set(ids)
+
+
+@pytest.mark.parametrize("name", ["usual", "many layers", "hostile"])
+def test_the_same_document_gives_the_same_bytes(name: str) -> None:
+    first = page(ODD[name]), png_bytes(ODD[name])
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert (page(ODD[name]), png_bytes(ODD[name])) == first
+
+
+def test_a_figure_has_a_panel_for_each_kind_of_measure() -> None:
+    titles = {a.get_title(loc="left") for a in draw(document()).axes}
+    assert {"accuracy", "loss", "Rotation angle, rms (degrees)", "Change of the weights (%)"} <= titles
+    assert len(draw(document(), columns=3).axes) == len(draw(document()).axes)
