@@ -54,7 +54,12 @@ def command(
         ),
     ] = None,
     path: Annotated[
-        InterpolationPath, typer.Option(help="The curve from base to tuned.", rich_help_panel=_PATH)
+        InterpolationPath,
+        typer.Option(
+            help=f"The curve from base to tuned: {', '.join(InterpolationPath)}.",
+            metavar="PATH",
+            rich_help_panel=_PATH,
+        ),
     ] = InterpolationPath.GEODESIC,
     alpha_map: Annotated[
         Path | None,
