@@ -241,6 +241,16 @@ def test_scripts_that_fail(base: Path, adapter: Path, tmp_path: Path, text: str,
     assert (tmp_path / "out" / "boft_export.json").exists() is kept
 
 
+def test_a_stop_while_evaluating_says_what_is_there(base: Path, adapter: Path, tmp_path: Path) -> None:
+    script = tmp_path / "judge.py"
+    script.write_text("def evaluate(m): raise KeyboardInterrupt")
+    done = run("interpolate", base, adapter, "-o", tmp_path / "out", "--alpha", "0.5", "--eval", script)
+    assert done.exit_code == 130
+    assert f"interrupted; {tmp_path / 'out'} was published." in done.stderr
+    assert "--resume" not in done.stderr
+    assert (tmp_path / "out" / "boft_export.json").is_file()
+
+
 # What the program says
 
 

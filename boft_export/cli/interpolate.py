@@ -142,8 +142,7 @@ def command(
         with out.progress("interpolating") as progress:
             result = interpolate(base, adapters, output, **asked, **vars(replace(options, progress=progress)))
         seconds = time.monotonic() - started
-        # From here on there is an output, whatever becomes of the rest.
-        out.resumable = False
+        out.published = str(output)
         out.notices(result.plan.notices)
         figures = _evaluate(out, evaluation, result)
         if path_report is not None:

@@ -29,6 +29,7 @@ class Output:
         verbose: 1 for everything noted, 2 for tracebacks too.
         no_progress: Show no progress bar.
         resumable: The command can go on with what an interrupted run has done.
+        published: What is finished and stays, if the command still has more to do.
     """
 
     as_json: bool = False
@@ -36,6 +37,7 @@ class Output:
     verbose: int = 0
     no_progress: bool = False
     resumable: bool = False
+    published: str | None = None
 
     @property
     def _err(self) -> Console:
@@ -101,8 +103,8 @@ class Output:
 
     def interrupted(self) -> None:
         """Say that the user stopped the run."""
-        message = "interrupted; nothing was published."
-        hint = "Go on with --resume." if self.resumable else None
+        message = f"interrupted; {self.published or 'nothing'} was published."
+        hint = "Go on with --resume." if self.resumable and not self.published else None
         error = {"type": "KeyboardInterrupt", "exit_code": EXIT_INTERRUPTED, "message": message, "hint": hint}
         self._failure({"schema_version": 1, "error": error, "notices": []})
         self._err.print(f"{message} {hint or ''}".rstrip(), style="yellow", markup=False)
