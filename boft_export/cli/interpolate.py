@@ -109,7 +109,8 @@ def command(
     out = Output(as_json, quiet, verbose, no_progress, resumable=not dry_run)
     with reported(out):
         from boft_export.pipeline.options import RunOptions
-        from boft_export.planning.strength import interpolation, parse_alpha, parse_sweep, read_alpha_map
+        from boft_export.planning.alphas import parse_alpha, parse_sweep, read_alpha_map
+        from boft_export.planning.strength import interpolation
 
         single, several = [parse_alpha(a) for a in alpha or ()], parse_sweep(alphas) if alphas is not None else ()
         sweep = len(single) > 1 or alphas is not None

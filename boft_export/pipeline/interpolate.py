@@ -12,8 +12,9 @@ from boft_export.pipeline.engine import TensorResult
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.run import run
 from boft_export.planning import FoldPlan
+from boft_export.planning.alphas import Alpha, AlphaMap
 from boft_export.planning.inputs import Ref, Sources
-from boft_export.planning.strength import Alpha, AlphaMap, Course, Strength, interpolation
+from boft_export.planning.strength import Course, Strength, interpolation
 
 
 @dataclass(frozen=True)

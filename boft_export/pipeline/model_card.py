@@ -8,7 +8,7 @@ from typing import Any
 
 from boft_export.errors import Level
 from boft_export.planning import Action, FoldPlan
-from boft_export.planning.strength import number_text
+from boft_export.planning.alphas import number_text
 from boft_export.version import __version__
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")

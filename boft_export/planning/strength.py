@@ -5,24 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, DecimalException, InvalidOperation, Overflow
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from boft_export.checkpoint.folder import read_text
-from boft_export.errors import DamagedFileError, InputError, Level, Notice, UsageError
+from boft_export.errors import InputError, Level, Notice, UsageError
 from boft_export.linalg.path import InterpolationPath
+from boft_export.planning.alphas import Alpha, AlphaMap, number_text, several
 from boft_export.planning.model import Action, FoldPlan
 from boft_export.planning.names import near_matches
-
-# One alpha for all adapters, or one for each.
-Alpha = float | Sequence[float]
-AlphaMap = Mapping[str, Alpha]
-
-_MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -49,8 +40,8 @@ class Strength:
     @property
     def label(self) -> str:
         """The alphas as text: ``0.25``, or ``0.5_0.2`` where adapters differ."""
-        several = self.alphas if len(set(self.alphas)) > 1 else self.alphas[:1]
-        return "_".join(number_text(a) for a in several)
+        told = self.alphas if len(set(self.alphas)) > 1 else self.alphas[:1]
+        return "_".join(map(number_text, told))
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ class Interpolation:
         if not self.alphas:
             raise UsageError("there is no alpha.", hint="Give one or more: 0 is the base, 1 the tuned model.")
         for alpha in (*self.alphas, *self.alpha_map.values()):
-            for value in _several(alpha):
+            for value in several(alpha):
                 if not math.isfinite(value):
                     raise UsageError(f"alpha {value} is not a finite number.")
                 if self.path is InterpolationPath.TRUNCATE and not 0 <= value <= 1:
@@ -124,13 +115,13 @@ class Interpolation:
         return {
             "path": self.path.value,
             "alpha": list(strength.alphas),
-            "alpha_map": {pattern: list(_several(a)) for pattern, a in self.alpha_map.items()},
+            "alpha_map": {pattern: list(several(a)) for pattern, a in self.alpha_map.items()},
         }
 
     def notices(self, plan: FoldPlan) -> list[Notice]:
         """Return what a user should know of these alphas."""
         found = []
-        values = [v for a in (*self.alphas, *self.alpha_map.values()) for v in _several(a)]
+        values = [v for a in (*self.alphas, *self.alpha_map.values()) for v in several(a)]
         if beyond := sorted({v for v in values if not 0 <= v <= 1}):
             message = f"alpha {', '.join(map(number_text, beyond))} lies beyond base (0) and tuned model (1)"
             found.append(Notice(Level.WARNING, "extrapolation", "", message))
@@ -204,91 +195,8 @@ def interpolation(
     return Interpolation(InterpolationPath(path), wanted, alphas is not None, alpha_map or {})
 
 
-def number_text(value: float) -> str:
-    """Return a number as people write it: 0.25, 1, -0.5."""
-    return repr(value + 0.0).removesuffix(".0")
-
-
-def parse_alpha(text: str) -> Alpha:
-    """Return the alpha, or the alphas in the order of the adapters, that ``0.5`` or ``0.5,0.2`` stands for.
-
-    Raises:
-        UsageError: If it is not a number, or not several with commas between them.
-    """
-    values = [float(_decimal(part, text)) for part in text.split(",")]
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def parse_sweep(text: str) -> tuple[float, ...]:
-    """Return the alphas of ``START:STOP:STEP``, both ends included where the steps meet them.
-
-    Raises:
-        UsageError: If it is not three numbers, or the steps don't lead from one to the other.
-    """
-    parts = text.split(":")
-    if len(parts) != 3:
-        raise UsageError(f"{text} is not a range of alphas.", hint="Write START:STOP:STEP, as 0:1:0.25.")
-    # In decimals 0.1 is what it says, and so is ten times it.
-    start, stop, step = (_decimal(p, text) for p in parts)
-    try:
-        count = (stop - start) / step
-    except Overflow:
-        count = Decimal("Infinity")
-    except DecimalException:
-        count = Decimal(-1)
-    if count < 0:
-        raise UsageError(f"{text} leads nowhere: steps of {step} from {start} do not come to {stop}.")
-    if count > _MOST_STEPS:
-        raise UsageError(f"{text} is {count:.3g} alphas, more than the {_MOST_STEPS} that one run may write.")
-    return tuple(float(start + i * step) for i in range(int(count) + 1))
-
-
-def read_alpha_map(path: Path) -> dict[str, Alpha]:
-    """Return the patterns and alphas of a YAML or JSON file, in order.
-
-    Raises:
-        AccessError: If it can't be read.
-        DamagedFileError: If it is not a mapping of patterns to numbers, or to lists of them.
-    """
-    try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        where = str(getattr(error, "problem_mark", "") or "").strip()
-        raise DamagedFileError(
-            f"{path} is not valid YAML: {getattr(error, 'problem', None) or 'nested too deep'} {where}".rstrip() + ".",
-            hint="Put patterns in quotes: '*.q_proj.weight': 0.5",
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise DamagedFileError(f"{path} should map patterns to alphas, found {type(content).__name__}.")
-    for pattern, value in content.items():
-        parts = value if isinstance(value, list) and value else [value]
-        if not isinstance(pattern, str) or not all(_is_number(v) for v in parts):
-            raise DamagedFileError(
-                f"{path}: {pattern} should have a number, or a list with one for each adapter, found {value!r}."
-            )
-    return {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in content.items()}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _decimal(text: str, whole: str) -> Decimal:
-    try:
-        value = Decimal(text.strip())
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite():
-        raise UsageError(f"{text.strip() or 'nothing'} in alpha {whole!r} is not a finite number.")
-    return value
-
-
-def _several(alpha: Alpha) -> tuple[float, ...]:
-    return tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
-
-
 def _for_adapters(alpha: Alpha, count: int) -> tuple[float, ...]:
-    values = tuple(map(float, _several(alpha)))
+    values = several(alpha)
     if len(values) not in (1, count):
         raise UsageError(
             f"{len(values)} alphas {', '.join(map(number_text, values))} for {count} adapters.",
