@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
@@ -12,7 +13,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.image import imread
 
-from boft_export.plots.path_figure import draw, png_bytes
+from boft_export.plots.path_figure import draw, own_style, png_bytes
 from boft_export.plots.path_page import page
 
 HOSTILE = "<script>alert(1)</script>&amp;\"'$x_1$\u202e.\n"
@@ -114,25 +115,39 @@ ODD = {
     "one layer": document(1),
     "many layers": document(500, ((0.0,), (0.25,), (1.0,))),
     "one output": document(9, ((0.5,),)),
-    "one layer and output": document(1, ((0.5,),), evaluated=False),
+    "one layer and output": document(1, ((0.5,),), evaluated=False, energy_ratio=None),
     "many outputs": document(3, tuple((i / 40,) for i in range(41))),
     "adapters apart": document(6, ((0.5, 0.2), (1.0, 0.0))),
     "beyond": document(6, ((-0.5,), (1.5,))),
-    "no energy": document(energy_ratio=None),
-    "no energy, one output": document(9, ((0.5,),), energy_ratio=None),
-    "linear": document(residual=0.02, energy_ratio=0.98),
-    "huge": document(residual=1e30, relative_change=1e30, energy_ratio=1e30),
-    "still": document(rms_angle=0.0, largest_angle=0.0, relative_change=0.0, residual=0.0, energy_ratio=1.0),
-    "own alpha": document(alpha=0.125),
+    "no energy": document(evaluated=False, energy_ratio=None),
+    "linear": document(evaluated=False, residual=0.02, energy_ratio=0.98),
+    "huge": document(evaluated=False, residual=1e30, relative_change=1e30, energy_ratio=1e30),
+    "still": document(
+        evaluated=False, rms_angle=0.0, largest_angle=0.0, relative_change=0.0, residual=0.0, energy_ratio=1.0
+    ),
+    "own alpha": document(evaluated=False, alpha=0.125),
+    "long texts": document(9, tuple((i / 7, 0.123456 * i) for i in range(8)), names="_of_a_name_that_goes_on_and_on"),
     "hostile": document(names=HOSTILE),
     "nothing": document(0, ()),
 }
+
+
+@cache
+def page_of(name: str) -> str:
+    return page(ODD[name])
+
+
+@cache
+def picture_of(name: str) -> bytes:
+    return png_bytes(ODD[name])
+
+
 each = pytest.mark.parametrize("name", ODD)
 
 
 @each
 def test_pages_are_whole_and_self_contained(name: str) -> None:
-    text = page(ODD[name])
+    text = page_of(name)
     found = Page(text)
     assert found.tags[:2] == ["html", "head"]
     assert not {"script", "iframe", "object", "link", "image", "img"} & set(found.tags) - {"image"}
@@ -146,7 +161,7 @@ def test_pages_are_whole_and_self_contained(name: str) -> None:
 
 @each
 def test_pictures_are_drawn(name: str) -> None:
-    pixels = imread(BytesIO(png_bytes(ODD[name])))
+    pixels = imread(BytesIO(picture_of(name)))
     assert 300 < pixels.shape[1] < 3000
     assert 100 < pixels.shape[0] < 8000
     # Something is on it.
@@ -179,14 +194,64 @@ def test_layers_stand_in_the_order_of_their_numbers() -> None:
 
 
 def test_names_can_do_no_harm() -> None:
-    text = page(ODD["hostile"])
+    text = page_of("hostile")
     assert "<script" not in text
     assert "\u202e" not in unescape(text)
     assert "alert(1)" in "".join(Page(text).text)
 
 
+def test_names_can_do_no_harm_in_plots() -> None:
+    """Labels, metrics and kinds are the texts that reach the SVG."""
+    doc = document(names=HOSTILE, alphas=((0.0, 0.5), (1.0, 0.25)))
+    for output in doc["outputs"]:
+        output["label"] = "<b>&"
+    text = page(doc)
+    drawn = re.findall(r"<text[^>]*>(.*?)</text>", text)
+    assert "&lt;b&gt;&amp;" in drawn
+    assert any("$x_1$" in t for t in drawn)
+    assert all("<" not in t and not re.search(r"&(?!(amp|lt|gt|quot);)", t) for t in drawn)
+
+
+def test_a_layer_with_its_own_alpha_says_so() -> None:
+    assert "at 0.125" in "".join(Page(page_of("own alpha")).text)
+    assert " at 0" not in "".join(Page(page(document(5))).text).replace("at alpha", "")
+
+
+def test_long_tables_are_folded_away() -> None:
+    assert Page(page(document(40, ((0.5,),)))).tags.count("details") == 0
+    assert Page(page(document(41, ((0.5,),)))).tags.count("details") == 1
+    many = page_of("many outputs")
+    assert Page(many).tags.count("details") == 1
+    assert "25 of 41 outputs are shown" in many
+
+
+def test_kinds_beyond_eight_are_others() -> None:
+    doc = document(24)
+    for i, layer in enumerate(doc["layers"]):
+        layer["module"] = f"model.layers.{i // 12}.part{'abcdefghijkl'[i % 12]}"
+    assert re.findall(r"</b>(\w+) \((\d+)\)", page(doc)) == [*((f"part{c}", "2") for c in "abcdefg"), ("other", "10")]
+
+
+@pytest.mark.parametrize("name", ["usual", "one output", "beyond", "linear", "huge", "long texts"])
+def test_texts_stay_within_the_figure_and_apart(name: str) -> None:
+    figure = draw(ODD[name])
+    with own_style():
+        figure.draw_without_rendering()
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+    for axes in figure.axes:
+        for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+            if any(t.get_rotation() for t in ticks):
+                # What surrounds slanted texts overlaps where they don't.
+                continue
+            boxes = [t.get_window_extent() for t in ticks if t.get_text()]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), axes.get_title(loc="left")
+
+
 def test_ids_of_plots_are_their_own() -> None:
-    found = Page(page(ODD["usual"]))
+    found = Page(page_of("usual"))
     ids = [v for k, v in found.attributes if k == "id"]
     assert len(ids) == len(set(ids))
     links = re.findall(
@@ -196,9 +261,9 @@ def test_ids_of_plots_are_their_own() -> None:
     assert set(links) <= set(ids)
 
 
-@pytest.mark.parametrize("name", ["usual", "many layers", "hostile"])
-def test_the_same_document_gives_the_same_bytes(name: str) -> None:
-    first = page(ODD[name]), png_bytes(ODD[name])
+def test_the_same_document_gives_the_same_bytes() -> None:
+    name = "hostile"
+    first = page_of(name), picture_of(name)
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "red"}):
         assert (page(ODD[name]), png_bytes(ODD[name])) == first
 

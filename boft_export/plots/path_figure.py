@@ -27,6 +27,7 @@ from boft_export.plots.path_data import (
     KIND_COLOURS,
     RESIDUAL,
     RMS_ANGLE,
+    Layer,
     Quantity,
     Sweep,
     shortened,
@@ -42,6 +43,10 @@ RESIDUAL_ROUNDING = 1e-13
 _LEAST_RESIDUAL = 1e-17
 _MOST_METRICS = 12
 _MOST_TICKS = 11
+# More marked points than this would run into each other.
+_MOST_MARKS = 30
+# Among more lines than this, no single one can be followed, so each kind gets a median too.
+_MOST_LINES = 60
 # With fewer layers, the lines say all that a heat map would.
 _HEAT_MAP_LAYERS = 8
 _PANEL_INCHES = (4.8, 3.0)
@@ -139,7 +144,9 @@ def evaluation_panels(sweep: Sweep) -> list[Panel]:
         Panel(
             f"metric{i}",
             name,
-            "A point for each output that was evaluated." if len(sweep.labels) > 1 else "The output's own figure.",
+            "Each point is an output's own figure; the vertical axis shows no more than their range."
+            if len(sweep.labels) > 1
+            else "The output's own figure.",
             partial(_draw_metric, sweep=sweep, name=name),
         )
         for i, name in enumerate(sweep.metrics[:_MOST_METRICS])
@@ -235,9 +242,10 @@ def _frame_outputs(axes: Axes, sweep: Sweep) -> None:
 
 
 def _name_places(axes: Axes, where: Sequence[float], labels: Sequence[str], most: int = _MOST_TICKS) -> None:
-    """Write labels below their places, evenly left out where there are more than ``most``."""
-    step = math.ceil(len(where) / most)
-    shown = [shortened(label, 16) for label in labels[::step]]
+    """Write labels below their places, evenly thinned to about ``most``, with both ends where that works out."""
+    least = math.ceil(len(where) / most)
+    step = next((s for s in range(least, 2 * least) if (len(where) - 1) % s == 0), least)
+    shown = [shortened(label, 13) for label in labels[::step]]
     slanted = sum(map(len, shown)) > 40
     axes.xaxis.set_major_locator(FixedLocator(where[::step]))
     for text in axes.set_xticklabels(shown):
@@ -257,7 +265,7 @@ def _legend(figure: Figure, sweep: Sweep, columns: int) -> None:
         # A name that begins with "_" would be left out, so names come later.
         [str(i) for i in range(len(names))],
         loc="outside lower left",
-        ncols=2 * columns,
+        ncols=max(1, 56 * columns // (max(map(len, names)) + 7)),
         handlelength=1.4,
     )
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -279,28 +287,31 @@ def _draw_metric(axes: Axes, sweep: Sweep, name: str) -> None:
         axes.bar_label(bars, [_number(values[0])], padding=3, fontsize=9)
         axes.margins(y=0.18)
         return
-    axes.plot(where, values, color=INK, linewidth=2, marker="o", markersize=5, solid_capstyle="round")
+    axes.plot(where, values, color=INK, linewidth=2, marker="o", markersize=5 if len(values) <= _MOST_MARKS else 0)
     middle, spread = (min(values) + max(values)) / 2, max(values) - min(values)
     # Figures that are equal but for rounding are drawn as equal.
-    half = 0.68 * spread if spread > 1e-6 * abs(middle) else 0.1 * abs(middle) or 1
+    half = 0.8 * spread if spread > 1e-6 * abs(middle) else 0.1 * abs(middle) or 1
     axes.set_ylim(middle - half, middle + half)
     _write_values(axes, where, values)
 
 
 def _write_values(axes: Axes, where: Sequence[float], values: Sequence[float]) -> None:
     """Write values at their points: the extreme ones, the ends, then as many others as there is room for."""
-    room = 0.17 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+    left, right = map(float, axes.get_xlim())
+    room = 0.17 * (right - left)
     written: list[float] = []
     last = len(values) - 1
-    for i in (values.index(max(values)), values.index(min(values)), 0, last, *range(len(values))):
+    others = range(len(values)) if len(values) <= _MOST_MARKS else ()
+    for i in (values.index(max(values)), values.index(min(values)), 0, last, *others):
         if any(abs(where[i] - x) < room for x in written):
             continue
         written.append(where[i])
-        # Where the line leads up or down on either side, the text is on the other; at the ends, it stays inside.
+        # Where the line leads up or down on either side, the text is on the other; at the edges, it stays inside.
         before = values[max(i - 1, 0)] - values[i]
         after = values[min(i + 1, last)] - values[i]
         below = max(before, after) > 0 and min(before, after) >= 0
-        aside = (i == 0) - (i == last) if i in {0, last} else (before > 0 > after) - (before < 0 < after)
+        edge = (where[i] < left + room) - (where[i] > right - room)
+        aside = edge or (i == 0) - (i == last) or (before > 0 > after) - (before < 0 < after)
         axes.annotate(
             _number(values[i]),
             (where[i], values[i]),
@@ -328,7 +339,7 @@ def _draw_layers(
         _draw_points(axes, sweep, quantity, shown)
         return
     _frame_outputs(axes, sweep)
-    width, opacity = (1.2, 0.75) if len(sweep.layers) <= 60 else (0.7, 0.5)
+    many = len(sweep.layers) > _MOST_LINES
     for kind, layers in sweep.groups().items():
         # One line with gaps for all layers of a kind: far less to write than a line for each.
         xs: list[float] = []
@@ -338,17 +349,31 @@ def _draw_layers(
             line = [(x, v) for x, p in points if (v := quantity(p)) is not None]
             xs += [*(x for x, _ in line), math.nan]
             ys += [*(shown(v) for _, v in line), math.nan]
-        axes.plot(xs, ys, color=sweep.colours[kind], linewidth=width, alpha=opacity)
+        colour = sweep.colours[kind]
+        mark = "o" if len(sweep.layers) == 1 else ""
+        axes.plot(xs, ys, color=colour, linewidth=0.7 if many else 1.2, alpha=0.3 if many else 0.75, marker=mark)
+        if many:
+            axes.plot(*_medians(sweep, layers, quantity, shown), color=colour, linewidth=1.8, zorder=2.5)
     if len(sweep.layers) > 1:
-        columns = [(x, sweep.column(quantity, i)) for i, x in enumerate(sweep.positions)]
-        middle = [(x, shown(median(values))) for x, values in columns if values]
-        size = 4.5 if len(middle) <= 25 else 0
-        axes.plot(*zip(*middle, strict=True), color=INK, linewidth=2.4, marker="o", markersize=size, zorder=3)
+        middle = _medians(sweep, sweep.layers, quantity, shown)
+        size = 4.5 if len(sweep.labels) <= _MOST_MARKS else 0
+        axes.plot(*middle, color=INK, linewidth=2.4, marker="o", markersize=size, zorder=3)
+
+
+def _medians(
+    sweep: Sweep, layers: Sequence[Layer], quantity: Quantity, shown: Callable[[float], float]
+) -> tuple[list[float], list[float]]:
+    """Return where outputs are, and the median of layers there, for the outputs that have one."""
+    columns = [
+        [v for layer in layers if (v := quantity(layer.points[i])) is not None] for i in range(len(sweep.labels))
+    ]
+    found = [(x, shown(median(values))) for x, values in zip(sweep.positions, columns, strict=True) if values]
+    return [x for x, _ in found], [y for _, y in found]
 
 
 def _draw_points(axes: Axes, sweep: Sweep, quantity: Quantity, shown: Callable[[float], float]) -> None:
     """Draw one output: layers side by side in their order, by kind."""
-    start, places = 0, []
+    start = 0
     for kind, layers in sweep.groups().items():
         found = [(start + i, v) for i, x in enumerate(layers) if (v := quantity(x.points[0])) is not None]
         size = 5 if len(sweep.layers) <= 100 else 3
@@ -360,7 +385,6 @@ def _draw_points(axes: Axes, sweep: Sweep, quantity: Quantity, shown: Callable[[
             markersize=size,
             linestyle="none",
         )
-        places.append(start + (len(layers) - 1) / 2)
         start += len(layers) + max(1, len(sweep.layers) // 30)
     values = sweep.column(quantity, 0)
     if len(values) > 1:
@@ -412,7 +436,7 @@ def _name_bands(axes: Axes, bands: Sequence[tuple[str, float, float]], height: i
     places: list[tuple[float, str]] = []
     for kind, top, bottom in sorted(bands, key=lambda b: b[1] - b[2]):
         middle = (top + bottom) / 2
-        if all(abs(middle - other) >= 0.07 * height for other, _ in places):
+        if all(abs(middle - other) >= 0.11 * height for other, _ in places):
             places.append((middle, shortened(kind, 18)))
     axes.yaxis.set_major_locator(FixedLocator([place for place, _ in places]))
     for text in axes.set_yticklabels([name for _, name in places], fontsize=9):
@@ -434,10 +458,11 @@ def _frame_from_zero(axes: Axes, values: Sequence[float]) -> Callable[[float], f
 def _frame_energy(axes: Axes, values: Sequence[float]) -> Callable[[float], float]:
     """Put 0 in the middle, small deviations near it, and powers of ten around it."""
     most = max(10 * ENERGY_ROUNDING, 2 * max(map(abs, values)))
-    axes.set_yscale("symlog", linthresh=1e-6, linscale=0.5)
+    least = ENERGY_ROUNDING / 100
+    axes.set_yscale("symlog", linthresh=least, linscale=max(0.5, 0.15 * math.log10(most / least)))
     axes.set_ylim(-most, most)
     axes.axhspan(-ENERGY_ROUNDING, ENERGY_ROUNDING, color=MUTED, alpha=0.12, linewidth=0)
-    powers = [10.0**i for i in range(-6, 3, 2) if 10.0**i <= most]
+    powers = _powers(-4, most, 3)
     axes.yaxis.set_major_locator(FixedLocator([*(-p for p in reversed(powers)), 0, *powers]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{'+' if v > 0 else '−'}{_power(abs(v))}" if v else "0"))
@@ -452,7 +477,7 @@ def _frame_residual(axes: Axes, values: Sequence[float]) -> Callable[[float], fl
     axes.set_yscale("log")
     axes.set_ylim(_LEAST_RESIDUAL / 2, most)
     axes.axhspan(_LEAST_RESIDUAL / 2, RESIDUAL_ROUNDING, color=MUTED, alpha=0.12, linewidth=0)
-    axes.yaxis.set_major_locator(FixedLocator([10.0**i for i in range(-17, 3, 3) if 10.0**i <= most]))
+    axes.yaxis.set_major_locator(FixedLocator(_powers(-17, most, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda v, _: ("≤" if v < 2 * _LEAST_RESIDUAL else "") + _power(v)),
@@ -460,6 +485,13 @@ def _frame_residual(axes: Axes, values: Sequence[float]) -> Callable[[float], fl
     if max(values) <= RESIDUAL_ROUNDING:
         _note_in_band(axes, RESIDUAL_ROUNDING)
     return lambda v: max(v, _LEAST_RESIDUAL)
+
+
+def _powers(first: int, most: float, count: int) -> list[float]:
+    """Return powers of ten from a first one up to ``most``, at most ``count`` of them, evenly spread."""
+    last = math.floor(math.log10(most))
+    step = max(2, math.ceil((last - first + 1) / count))
+    return [10.0**i for i in range(first, last + 1, step)]
 
 
 def _note_in_band(axes: Axes, top: float) -> None:

@@ -57,13 +57,13 @@ p{{margin:0 0 12px;max-width:70ch}}
 .note{{color:var(--muted);font-size:.875rem}}
 .card,figure{{background:var(--card);border:1px solid var(--line);border-radius:10px}}
 .card{{overflow:hidden}}
-.plots{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}}
+.plots{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:16px}}
 figure{{margin:0;padding:14px 16px 12px;min-width:0}}
 h3{{font-size:1rem;margin:0 0 6px}}
-@media(min-width:920px){{figure:last-child:nth-child(odd){{grid-column:1/-1;display:grid;align-items:center;
+@media(min-width:740px){{figure:last-child:nth-child(odd){{grid-column:1/-1;display:grid;align-items:center;
 grid-template:auto auto/1fr 1fr;column-gap:32px}}figure:last-child:nth-child(odd) h3{{grid-column:1/-1}}}}
 figcaption{{color:var(--muted);font-size:.875rem;margin-top:6px}}
-svg{{display:block;width:100%;max-width:620px;height:auto;margin:auto;overflow:visible}}
+svg{{display:block;width:100%;max-width:500px;height:auto;margin:auto;overflow:visible}}
 svg *{{stroke-linejoin:round;stroke-linecap:butt}}
 svg text{{font-family:inherit!important}}
 .kinds{{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 14px;padding:0;list-style:none;font-size:.875rem}}
@@ -74,17 +74,17 @@ table{{border-collapse:separate;border-spacing:0;width:100%;font-size:.875rem;fo
 th,td{{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
 tbody tr:last-child>*{{border-bottom:0}}
 thead th{{position:sticky;top:0;z-index:1;background:var(--card);color:var(--muted);font-weight:500;
-vertical-align:bottom}}
-thead.wrap th:not(:first-child){{white-space:normal;min-width:6em;line-height:1.3}}
+vertical-align:bottom;line-height:1.3}}
+thead.wrap th:not(:first-child){{white-space:normal;min-width:6em}}
 tr>:first-child{{position:sticky;left:0;background:var(--card);text-align:left}}
 thead tr>:first-child{{z-index:2}}
 tbody th{{font-weight:600}}
-th.module{{font-weight:400;white-space:normal;min-width:9.5rem;line-height:1.3;overflow-wrap:anywhere}}
+th.module{{font-weight:400;white-space:normal;min-width:17rem;line-height:1.3;overflow-wrap:anywhere}}
 td small{{color:var(--muted)}}
 summary{{padding:10px 14px;cursor:pointer}}
 details[open]>summary{{border-bottom:1px solid var(--line)}}
 @media(max-width:560px){{main{{padding:18px 12px 40px}}h1{{font-size:1.3rem}}figure{{padding:12px 10px 10px}}
-th,td{{padding:6px 9px}}}}
+th,td{{padding:6px 9px}}th.module{{min-width:9.5rem}}}}
 """
 
 
@@ -144,7 +144,7 @@ def _key_figures(sweep: Sweep) -> str:
             "rms angle, median": _fixed(_medians(sweep, RMS_ANGLE), "°"),
             "largest angle": _fixed(_extremes(sweep, LARGEST_ANGLE), "°"),
             "change of weights, median": _fixed(_medians(sweep, CHANGE), " %"),
-            "energy ratio − 1, largest": _small(_extremes(sweep, ENERGY), "+.1e"),
+            "energy ratio\u00a0−\u00a01, largest": _small(_extremes(sweep, ENERGY), "+.1e"),
             "residual, largest": _small(_extremes(sweep, RESIDUAL), ".1e"),
         }
     rows = [
@@ -171,6 +171,8 @@ def _legend(sweep: Sweep) -> str:
     ]
     if len(sweep.layers) > 1:
         items.append('<li><b style="background:var(--ink)"></b>median of all</li>')
+        if len(sweep.labels) > 1:
+            items.append('<li class="note">thin: a layer; thick: a median</li>')
     return f'<ul class="kinds">{"".join(items)}</ul>'
 
 
