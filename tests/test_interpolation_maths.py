@@ -44,6 +44,15 @@ ROTATING = [geodesic, factorwise, cayley_scaled, truncate]
 curves = pytest.mark.parametrize("curve", ROTATING, ids=lambda f: f.__name__)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only wait for each other in matrices as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def apart(x: Tensor, y: Tensor) -> float:
     assert x.shape == y.shape
     return float((x - y).abs().max())
@@ -334,21 +343,21 @@ FAR = [2e8, 1e10, 1e14]
 def test_a_plane_near_half_a_turn_is_exact(w, alpha):
     s = generator([w], 2)
     power = generated(s).power(alpha).blocks[0]
-    assert change_error(s, alpha, power)[0].abs().max() < 1e-14
-    assert residual(power) < 1e-14
+    assert change_error(s, alpha, power)[0].abs().max() < 1e-13
+    assert residual(power) < 1e-13
     # The same beside planes that have nothing to do with it: a block of several scales, but not a dense one.
     s = generator([w, 0.5, 0.7], 7)
-    assert change_error(s, alpha, generated(s).power(alpha).blocks[0])[0].abs().max() < 1e-14
+    assert change_error(s, alpha, generated(s).power(alpha).blocks[0])[0].abs().max() < 1e-13
 
 
 @nasty_alphas
-@pytest.mark.parametrize("w", [0.1, 0.5, 1.0, 3.0, *FAR])
+@pytest.mark.parametrize("w", [0.1, 0.5, 1.0, 3.0, 3e5, 3e6, *FAR])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_planes_of_equal_angles_are_exact(size, w, alpha):
     s = generator([w] * (size // 2), size, seed=4)
     power = generated(s).power(alpha).blocks[0]
-    assert change_error(s, alpha, power)[0].abs().max() < 2e-14
-    assert residual(power) < 2e-14
+    assert change_error(s, alpha, power)[0].abs().max() < 1e-13
+    assert residual(power) < 1e-13
 
 
 @nasty_alphas
@@ -357,8 +366,8 @@ def test_planes_of_exactly_equal_angles_are_exact(scale, alpha):
     # The square of this is -25 to the bit.
     s = scale * torch.tensor([[0, -3, -4, 0], [3, 0, 0, -4], [4, 0, 0, 3], [0, 4, -3, 0]], dtype=FLOAT64)
     power = generated(s).power(alpha).blocks[0]
-    assert change_error(s, alpha, power)[0].abs().max() < 1e-14
-    assert residual(power) < 1e-14
+    assert change_error(s, alpha, power)[0].abs().max() < 1e-13
+    assert residual(power) < 1e-13
 
 
 @nasty_alphas
@@ -366,7 +375,7 @@ def test_planes_of_exactly_equal_angles_are_exact(scale, alpha):
 @pytest.mark.parametrize("std", [1e-3, 0.1, 1.0, 3.0])
 def test_generic_blocks_are_exact(std, size, alpha):
     s = skew(randn(size, size, seed=5) * std)
-    assert change_error(s, alpha, generated(s).power(alpha).blocks[0])[0].abs().max() < 1e-14
+    assert change_error(s, alpha, generated(s).power(alpha).blocks[0])[0].abs().max() < 1e-13
 
 
 @nasty_alphas
@@ -402,7 +411,7 @@ def test_a_small_change_keeps_its_relative_precision(size, w, alpha):
     error, largest = change_error(s, alpha, generated(s).power(alpha).blocks[0])
     # On the diagonal, 1 hides what is below its last place; the change is small against itself there.
     assert error.diagonal().abs().max() < EPS / 2
-    assert error.fill_diagonal_(0).abs().max() < 1e-14 * largest
+    assert error.fill_diagonal_(0).abs().max() < 1e-13 * largest
 
 
 @nasty_alphas
@@ -496,13 +505,13 @@ def test_rotations_near_half_turns_have_powers(rest, delta):
 
 
 @nasty_alphas
-@pytest.mark.parametrize("delta", [1e-8, 1e-10, 1e-12])
+@pytest.mark.parametrize("delta", [1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
 @pytest.mark.parametrize("others", [[], [0.5], [2.0, 1e-9]], ids=str)
 def test_one_plane_near_half_a_turn_keeps_its_side(others, delta, alpha):
     angles = [math.pi - delta, *others]
     n = 2 * len(angles) + 1
     power = factor_of(turns(angles, n, seed=3)).power(alpha).blocks[0]
-    assert apart(power, turns([alpha * angle for angle in angles], n, seed=3)) < 1e-12
+    assert apart(power, turns([alpha * angle for angle in angles], n, seed=3)) < 3e-14
 
 
 @pytest.mark.parametrize("delta", [1e-8, 1e-12, 1e-15, 0.0])
@@ -573,6 +582,15 @@ def test_blocks_near_half_turns_and_harmless_ones_do_not_disturb_each_other():
         if i not in {3, 5}:
             assert apart(together.power(0.3).blocks[i], alone.power(0.3).blocks[0]) < 1e-13
     assert torch.equal(together.power(0.3).blocks[2], eye(6))
+
+
+@nasty_alphas
+def test_vast_generators_and_harmless_ones_do_not_disturb_each_other(alpha):
+    harmless = [skew(randn(6, 6, seed=i)) for i in range(2)]
+    s = torch.stack([harmless[0], generator([1e10] * 3, 6, seed=1), 0 * eye(6), generator([-3e7] * 3, 6), harmless[1]])
+    factor = Factor(cayley(s), torch.arange(30).view(5, 6), s)
+    for one, power in zip(s, factor.power(alpha).blocks, strict=True):
+        assert change_error(one, alpha, power)[0].abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
@@ -691,11 +709,11 @@ def test_a_plane_goes_on_the_cayley_path_as_its_tangent(ws, alpha, generators):
 def test_the_generator_tells_what_the_blocks_no_longer_do(w):
     factor = generated(generator([w, -w], 4))
     scaled = cayley_scaled(Rotation((factor,)), 1 / w)
-    assert apart(scaled.dense(), turns([math.pi / 2, -math.pi / 2], 4)) < 1e-14
+    assert apart(scaled.dense(), turns([math.pi / 2, -math.pi / 2], 4)) < 1e-13
     assert apart(scaled.factors[0].generator[0], generator([1.0, -1.0], 4)) < 1e-15
     # And the power knows the scaled one's.
     half = factor.scaled(0.5).power(0.5).blocks[0]
-    assert apart(half, turns([math.atan(w / 2), -math.atan(w / 2)], 4)) < 1e-14
+    assert apart(half, turns([math.atan(w / 2), -math.atan(w / 2)], 4)) < 1e-13
 
 
 @pytest.mark.parametrize(
@@ -711,6 +729,18 @@ def test_half_turns_are_on_no_cayley_path(block):
 def test_half_turns_in_any_basis_are_on_no_cayley_path(n):
     with pytest.raises(ValueError, match="eigenvalue -1"):
         cayley_scaled(Rotation((factor_of(diagonal(2, n, seed=2)),)), 0.5)
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("others", [[], [0.5]], ids=str)
+def test_near_half_a_turn_the_cayley_path_loses_digits_in_proportion(others, delta):
+    # Without a generator it has to be found, and that is tan(angle / 2), about 2 / delta, of an angle rounded to eps.
+    angles = [math.pi - delta, *others]
+    n = 2 * len(angles) + 1
+    rotation = Rotation((factor_of(turns(angles, n, seed=2)),))
+    for alpha in (0.5, 2.0):
+        expected = turns([2 * math.atan(alpha * math.tan(angle / 2)) for angle in angles], n, seed=2)
+        assert apart(cayley_scaled(rotation, alpha).dense(), expected) < 20 * EPS / delta
 
 
 # Truncated products

@@ -14,8 +14,8 @@ def skew(a: Tensor) -> Tensor:
 def cayley(s: Tensor) -> Tensor:
     """Return Q = (I - S)(I + S)^-1 for skew-symmetric ``s``, shape (..., b, b).
 
-    I + S has no singular value below 1, so the solve is well conditioned whatever the size of S. Q is orthogonal
-    with det +1 and never has the eigenvalue -1. The transform is its own inverse. Source: Qiu et al., "Controlling
+    I + S has no singular value below 1, so there is always a solution; it is orthogonal to about eps |S|, with det +1,
+    and never has the eigenvalue -1. The transform is its own inverse. Source: Qiu et al., "Controlling
     Text-to-Image Diffusion by Orthogonal Finetuning" (NeurIPS 2023), section 3.2; PEFT's ``cayley_batch``.
     """
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)

@@ -20,7 +20,7 @@ RUNTIME_BYTES = 300 << 20
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 # What is read at once, where memory allows.
 CHUNK_BYTES = 8 << 20
-DEFAULT_IN_FLIGHT = 128 << 20
+DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
 _TILES_ALIVE = 6
