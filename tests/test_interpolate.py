@@ -352,7 +352,8 @@ def test_a_sweep_is_the_same_however_it_is_cut(
 def least_memory(base: Path, adapter: Path, tmp_path: Path, **options: Any) -> int:
     """Return the least memory that a sweep on one thread says it needs."""
     with pytest.raises(boft_export.ResourceError) as failure:
-        boft_export.interpolate(base, adapter, tmp_path / "none", alphas=FIVE, jobs=1, max_memory=1, **options)
+        options = {"alphas": FIVE, "jobs": 1, "max_memory": 1, **options}
+        boft_export.interpolate(base, adapter, tmp_path / "none", **options)
     found = re.search(r"needs ([\d,]+)", failure.value.message)
     assert found
     return int(found[1].replace(",", ""))
@@ -391,6 +392,20 @@ def test_a_sweep_reads_the_base_once_and_keeps_to_its_memory(large: tuple[Path, 
         read, memory = measured(**arguments, jobs=1, max_memory=limit)
         assert size <= read < 1.1 * size + single - size
         assert memory <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not say how much memory was used")
+def test_many_outputs_keep_to_their_memory(tmp_path: Path) -> None:
+    """What is written to a hundred files at once counts a hundred times, and is not held any longer than it counts."""
+    tensors = {"embed.weight": randn(3000, 1024).bfloat16(), "a.weight": randn(8, 16)}
+    trained = boft_tensors("a", 16, 8) | {f"{PRE}embed.weight": randn(3000, 1024, seed=1).bfloat16()}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", trained, {"modules_to_save": ["embed"]})
+    many = [i / 100 for i in range(101)]
+    limit = least_memory(base, adapter, tmp_path, alphas=many)
+    arguments = {"base": base, "adapters": adapter, "output": tmp_path / "out", "alphas": many}
+    assert measured(**arguments, jobs=1, max_memory=limit)[1] <= limit
 
 
 def test_a_sweep_is_all_or_nothing_and_goes_on(large: tuple[Path, Path], tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def run_plan(
                 for chunk, pieces in stream.take(shard):
                     for writer, piece in zip(writers, pieces, strict=True):
                         done += writer.add(chunk.tensor, *piece)
+                    # Else they would be held beside the next ones, for which their bytes are given back.
+                    del piece, pieces
                     if progress is not None:
                         progress(done, total, chunk.tensor.name)
             for writer in writers:

@@ -24,6 +24,8 @@ DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
 _TILES_ALIVE = 6
+# What the allocator keeps of the pieces of each further output, with its file's buffer and its digest.
+_OUTPUT_BYTES = 320 << 10
 # Real matrices' worth of memory that finding eigenvectors and taking a power of them needs at once.
 _DECOMPOSITION = 10
 
@@ -74,8 +76,8 @@ def plan_memory(plan: FoldPlan, course: Course, limit: int | None, jobs: int, de
         return sum(rotation_bytes(s, course.path, alphas[s.adapter, s.layer.module]) for s in tensor.steps)
 
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
-    fixed = RUNTIME_BYTES + scratch + rotations
     outputs = len(course.variants)
+    fixed = RUNTIME_BYTES + scratch + rotations + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * smallest) if limit is None else limit - fixed
     if in_flight < smallest:
