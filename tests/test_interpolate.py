@@ -351,8 +351,8 @@ def test_a_sweep_is_the_same_however_it_is_cut(
 
 def least_memory(base: Path, adapter: Path, tmp_path: Path, **options: Any) -> int:
     """Return the least memory that a sweep on one thread says it needs."""
+    options = {"alphas": FIVE, "jobs": 1, "max_memory": 1, **options}
     with pytest.raises(boft_export.ResourceError) as failure:
-        options = {"alphas": FIVE, "jobs": 1, "max_memory": 1, **options}
         boft_export.interpolate(base, adapter, tmp_path / "none", **options)
     found = re.search(r"needs ([\d,]+)", failure.value.message)
     assert found
