@@ -287,6 +287,49 @@ def test_of_two_replacements_each_goes_on_from_the_one_before(tmp_path: Path) ->
     assert torch.equal(read_folder(tmp_path / "out" / "alpha-0_1")["head.weight"], second)
 
 
+def test_a_tie_holds_only_where_both_sides_come_by_the_same_way(tmp_path: Path) -> None:
+    """The first adapter replaces the embedding alone, the second both alike: without the second, they are apart."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    old, first, second = (randn(8, 16, seed=i) for i in range(3))
+    base = write_checkpoint(tmp_path / "base", {"model.embed_tokens.weight": old}, config)
+    embed, head = f"{PRE}model.embed_tokens.weight", f"{PRE}lm_head.weight"
+    one = write_adapter(tmp_path / "one", {embed: first}, {"modules_to_save": ["embed_tokens"]})
+    both = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    two = write_adapter(tmp_path / "two", {embed: second, head: second.clone()}, both)
+    boft_export.merge(base, one, tmp_path / "merged")
+    boft_export.interpolate(base, [one, two], tmp_path / "out", alphas=[(1, 0), (1, 1)])
+    found, merged = read_folder(tmp_path / "out" / "alpha-1_0"), read_folder(tmp_path / "merged")
+    assert found.keys() == merged.keys()
+    assert all(torch.equal(found[k], merged[k]) for k in merged)
+    assert torch.equal(read_folder(tmp_path / "out" / "alpha-1")["lm_head.weight"], second)
+
+
+def test_infinities_of_the_base_are_no_damage_of_the_adapter(tmp_path: Path) -> None:
+    old, new = randn(8), randn(8, seed=1)
+    old[2] = -torch.inf
+    base = write_checkpoint(tmp_path / "base", {"a.weight": randn(8, 16), "a.bias": old})
+    trained = boft_tensors("a", 16, 8) | {f"{PRE}a.base_layer.bias": new}
+    boft_export.interpolate(base, write_adapter(tmp_path / "adapter", trained), tmp_path / "out", 0.5)
+    assert read_folder(tmp_path / "out")["a.bias"][2] == -torch.inf
+    trained[f"{PRE}a.base_layer.bias"][3] = torch.inf
+    with pytest.raises(boft_export.InputError, match="not finite"):
+        boft_export.interpolate(base, write_adapter(tmp_path / "bad", trained), tmp_path / "no", 0.5)
+
+
+def test_a_resized_convolution_of_an_old_adapter_is_merged(tmp_path: Path) -> None:
+    """Its groups of features lie across rows, so the base's fewer rows can't be mixed in: that is said."""
+    new, trained = randn(12, 4, 3, 3, seed=1), boft_tensors("conv", 36, 12, m=1, b=9)
+    base = write_checkpoint(tmp_path / "base", {"conv.weight": randn(5, 4, 3, 3)})
+    one = write_adapter(tmp_path / "one", {f"{PRE}conv.weight": new}, {"modules_to_save": ["conv"]})
+    two = write_adapter(tmp_path / "two", trained, drop=("exclude_modules", "peft_version"))
+    boft_export.merge(base, [one, two], tmp_path / "merged")
+    result = boft_export.interpolate(base, [one, two], tmp_path / "out", alphas=(0.5, 1))
+    exact = interpolated(new.reshape(36, 12).T, trained, 0.5, "geodesic").T.reshape(new.shape)
+    assert_rounded_once(read_folder(tmp_path / "out" / "alpha-0.5")["conv.weight"], exact)
+    assert weight_files(tmp_path / "out" / "alpha-1") == weight_files(tmp_path / "merged")
+    assert "added-whole" in {n.code for n in result.plan.notices}
+
+
 def test_counters_are_not_mixed(tmp_path: Path) -> None:
     old, new = {"bn.steps": torch.tensor([3]), "bn.weight": randn(4)}, {"bn.steps": torch.tensor([8])}
     base = write_checkpoint(tmp_path / "base", old)
@@ -397,12 +440,12 @@ def test_a_sweep_reads_the_base_once_and_keeps_to_its_memory(large: tuple[Path, 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not say how much memory was used")
 def test_many_outputs_keep_to_their_memory(tmp_path: Path) -> None:
-    """What is written to a hundred files at once counts a hundred times, and is not held any longer than it counts."""
+    """What is written to hundreds of files at once counts for each, and is not held any longer than it counts."""
     tensors = {"embed.weight": randn(3000, 1024).bfloat16(), "a.weight": randn(8, 16)}
     trained = boft_tensors("a", 16, 8) | {f"{PRE}embed.weight": randn(3000, 1024, seed=1).bfloat16()}
     base = write_checkpoint(tmp_path / "base", tensors)
     adapter = write_adapter(tmp_path / "adapter", trained, {"modules_to_save": ["embed"]})
-    many = [i / 100 for i in range(101)]
+    many = [i / 300 for i in range(301)]
     limit = least_memory(base, adapter, tmp_path, alphas=many)
     arguments = {"base": base, "adapters": adapter, "output": tmp_path / "out", "alphas": many}
     assert measured(**arguments, jobs=1, max_memory=limit)[1] <= limit

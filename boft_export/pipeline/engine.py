@@ -299,8 +299,9 @@ class _Stream:
         same = not steps and len(mixture) == 1 and ref is tensor.base and ref.dtype == tensor.dtype
         if same or ref.dtype not in TORCH_DTYPES:
             return as_bytes(data[first]), []
+        elements = {i: data[i].view(TORCH_DTYPES[tensor.origins[i].ref.dtype]) for i in mixture}
         out, measures = fold(
-            [(data[i].view(TORCH_DTYPES[tensor.origins[i].ref.dtype]), weight) for i, weight in mixture.items()],
+            [(elements[i], weight) for i, weight in mixture.items()],
             [(step, self._layers.get(step, alpha, device)) for step, alpha in steps],
             chunk.start,
             TORCH_DTYPES[tensor.dtype],
@@ -308,9 +309,11 @@ class _Stream:
             device=device,
             tile=chunk.segment.tile(TILE_ELEMENTS[device.type]),
         )
-        if all(tensor.origins[i].adapter is None for i in mixture):
-            # The base's infinities, as in a mask, are its own affair.
-            measures = [replace(m, unsound=0) for m in measures]
+        # The base's infinities, as in a mask, are its own affair; an adapter's are damage.
+        brought = [x for i, x in elements.items() if tensor.origins[i].adapter is not None]
+        unsound = sum(int((~torch.isfinite(x)).sum()) for x in brought)
+        measures = [replace(m, unsound=0) for m in measures]
+        measures[0] = replace(measures[0], unsound=unsound)
         return as_bytes(out), measures
 
 

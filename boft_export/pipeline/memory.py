@@ -79,6 +79,9 @@ def plan_memory(plan: FoldPlan, course: Course, limit: int | None, jobs: int, de
     outputs = len(course.variants)
     fixed = RUNTIME_BYTES + scratch + rotations + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
+    if outputs > 1:
+        # Of many outputs the pieces are small, and the allocator keeps a chunk's worth of them.
+        fixed += smallest
     in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * smallest) if limit is None else limit - fixed
     if in_flight < smallest:
         raise ResourceError(

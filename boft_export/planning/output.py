@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
+from boft_export.adapters import View
 from boft_export.checkpoint import FLOAT_DTYPES, Shard, TensorRef, index_json, keep_shards, split_shards
 from boft_export.checkpoint.layout import safetensors_name
 from boft_export.planning.config_edits import apply_edits
@@ -54,14 +55,18 @@ def _tensor(draft: Draft, name: str, as_dtype: str | None, prefix: str = "") -> 
     else:
         action = Action.COPY if dtype == source.dtype else Action.CONVERT
     width = math.prod(source.shape[1:])
+    origins = slot.origins
+    if any(s.view is View.RESHAPED for _, _, s in slot.steps):
+        # Its groups of features lie across rows: what has other rows can't be mixed in, and is left out.
+        origins = [o for o in origins if o.ref.num_elements >= source.num_elements]
     # A cut also where an origin has fewer rows than the output.
-    sizes = {min(o.ref.num_elements, source.num_elements) for o in slot.origins}
+    sizes = {min(o.ref.num_elements, source.num_elements) for o in origins}
     cuts = sorted({0, *sizes, *(r * width for start, stop, _ in slot.steps for r in (start, stop))})
     segments = tuple(
         Segment(a, b, tuple(s for start, stop, s in slot.steps if start * width <= a and b <= stop * width))
         for a, b in pairwise(cuts)
     )
-    return TensorPlan(prefix + name, dtype, source.shape, action, tuple(slot.origins), slot.base, segments)
+    return TensorPlan(prefix + name, dtype, source.shape, action, tuple(origins), slot.base, segments)
 
 
 def _dtype_for_added(draft: Draft, source: TensorRef) -> str:

@@ -125,10 +125,12 @@ class Interpolation:
         if beyond := sorted({v for v in values if not 0 <= v <= 1}):
             message = f"alpha {', '.join(map(number_text, beyond))} lies beyond base (0) and tuned model (1)"
             found.append(Notice(Level.WARNING, "extrapolation", "", message))
-        added = [t for t in plan.tensors if t.action is Action.ADD and t.origins[0].adapter is not None]
-        if added and any(v != 1 for v in values):
-            message = f"{len(added)} tensors that the base lacks are added as they are, whatever alpha"
-            found.append(Notice(Level.WARNING, "added-whole", added[0].name, message))
+        added = [t.name for t in plan.tensors if t.origins[0].adapter is not None]
+        grown = [t.name for t in plan.tensors if any(o.ref.num_elements < t.source.num_elements for o in t.origins)]
+        for names, what in ((added, "that the base has nothing for are"), (grown, "grow: their new rows are")):
+            if names and any(v != 1 for v in values):
+                message = f"{len(names)} tensors {what} taken as the adapter brings them, whatever alpha"
+                found.append(Notice(Level.WARNING, "added-whole", names[0], message))
         return found
 
 

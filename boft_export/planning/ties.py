@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from boft_export.adapters import AdapterLayer
-from boft_export.checkpoint import Checkpoint
+from boft_export.checkpoint import Checkpoint, TensorRef
 from boft_export.errors import Level
 from boft_export.planning.config_edits import set_architecture, untie
 from boft_export.planning.draft import Draft, Slot
@@ -198,16 +198,24 @@ class Ties:
 
 
 def _same(one: Slot, other: Slot) -> bool:
-    """Tell whether two slots will hold the same bytes; those of two replacements are compared."""
-    if one.steps or other.steps or one.source.shape != other.source.shape or one.source.dtype != other.source.dtype:
+    """Tell whether two slots will hold the same bytes, however far each adapter goes; replacements are compared."""
+    brought = [[o for o in slot.origins if o.adapter is not None] for slot in (one, other)]
+    if one.steps or other.steps or [o.adapter for o in brought[0]] != [o.adapter for o in brought[1]]:
         return False
-    if one.source is other.source:
+    pairs = zip(*brought, strict=True) if brought[0] else [(one.origins[-1], other.origins[-1])]
+    return all(_same_bytes(a.ref, b.ref) for a, b in pairs)
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    if one is other:
         return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
     buffers = bytearray(_COMPARED), bytearray(_COMPARED)
-    for start in range(0, one.source.nbytes, _COMPARED):
-        size = min(_COMPARED, one.source.nbytes - start)
-        for slot, buffer in zip((one, other), buffers, strict=True):
-            slot.source.read_into(memoryview(buffer)[:size], start)
+    for start in range(0, one.nbytes, _COMPARED):
+        size = min(_COMPARED, one.nbytes - start)
+        for ref, buffer in zip((one, other), buffers, strict=True):
+            ref.read_into(memoryview(buffer)[:size], start)
         if buffers[0][:size] != buffers[1][:size]:
             return False
     return True
