@@ -119,7 +119,7 @@ def overflowing(folder: Path) -> Path:
         ([*AT_HALF, "--alpha-map", "{base}/model-00001-of-00002.safetensors"], 3, "UTF-8"),
         ([*AT_HALF, "--path-report", "{out}.txt"], 2, "no kind of report"),
         ([*AT_HALF, "--path-report", "{base}/config.json"], 2, "exists"),
-        ([*AT_HALF, "--path-report", "{base}/config.json", "--overwrite"], 2, "into the input"),
+        ([*AT_HALF, "--path-report", "{base}/config.json", "--overwrite"], 2, "into the base's folder"),
         ([*AT_HALF, "--eval", "{nowhere}"], 4, "cannot read"),
         ([*AT_HALF, "--eval", "{adapter}/adapter_config.json"], 3, "defines no function evaluate"),
         (["interpolate", "{base}", "{adapter}", "-o", "{base}", "--alpha", "0.5"], 2, "exists"),

@@ -474,6 +474,11 @@ def test_a_sweep_is_all_or_nothing_and_goes_on(large: tuple[Path, Path], tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_alphas_may_be_numbers_of_any_kind(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = boft_export.interpolate(base, adapter, tmp_path / "out", alphas=np.linspace(0, 1, 3))
+    assert [o.folder.name for o in result.outputs] == ["alpha-0", "alpha-0.5", "alpha-1"]
+
+
 def test_progress_counts_all_outputs(large: tuple[Path, Path], tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     boft_export.interpolate(
@@ -568,6 +573,10 @@ def test_within_base_and_tuned_nothing_is_said(base: Path, adapter: Path, tmp_pa
         ({"alpha": float("nan")}, boft_export.UsageError, "not a finite number"),
         ({"alpha": float("inf")}, boft_export.UsageError, "not a finite number"),
         ({"alpha": (0.5, 0.5)}, boft_export.UsageError, "2 alphas"),
+        ({"alpha": "0.5"}, boft_export.UsageError, "is not a number"),
+        ({"alphas": [None]}, boft_export.UsageError, "is not a number"),
+        ({"alpha": 10**400}, boft_export.UsageError, "is not a number"),
+        ({"alphas": np.linspace(0, 1, 3), "path": "straight"}, boft_export.UsageError, "not one of"),
         ({"alpha": ()}, boft_export.UsageError, "0 alphas"),
         ({"alphas": (0.5, 0.25, 0.5)}, boft_export.UsageError, "more than once"),
         ({"alpha": 1.01, "path": "truncate"}, boft_export.UsageError, "outside of"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,64 @@ def test_scripts_that_fail(base: Path, adapter: Path, tmp_path: Path, text: str,
     assert (tmp_path / "out" / "boft_export.json").exists() is kept
 
 
+def test_a_script_may_go_elsewhere_and_have_children(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Whatever becomes of stdout and of the current folder, the document is whole and the report where it belongs."""
+    text = "import os, subprocess\ndef evaluate(m):\n    os.chdir('/')\n    subprocess.run(['echo', 'child'])\n"
+    (tmp_path / "judge.py").write_text(text + "    return {'files': len(os.listdir(m))}\n")
+    command = [sys.executable, "-m", "boft_export", "interpolate", base, adapter, "-o", "out", "--alphas", "0:1:0.5"]
+    command += ["--eval", "judge.py", "--path-report", "path.json", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"][2]["evaluation"] == {"files": 7.0}
+    assert "child" in done.stderr
+    assert json.loads((tmp_path / "path.json").read_text())["outputs"][2]["evaluation"] == {"files": 7.0}
+
+
+def test_a_script_that_fails_costs_no_report(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("def evaluate(m): return {'x': 10**400}")
+    arguments = ["interpolate", base, adapter, "-o", tmp_path / "out", "--alpha", "0.5"]
+    done = run(*arguments, "--eval", tmp_path / "judge.py", "--path-report", tmp_path / "path.json")
+    assert done.exit_code == 3, done.output
+    assert len(json.loads((tmp_path / "path.json").read_text())["layers"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "message"),
+    [
+        ("out/config.json", 2, "lies in the output"),
+        ("out.json/../out/x.json", 2, "lies in the output"),
+        ("map.json", 2, "is an input"),
+        ("adapter/adapter_config.json", 2, "is an input"),
+        ("base/config.json", 2, "would write into the base's folder"),
+        ("base/new.json", 2, "would write into the base's folder"),
+        ("map.json/x.json", 4, "is no folder"),
+    ],
+)
+def test_reports_keep_off_what_is_read_and_written(
+    base: Path, adapter: Path, tmp_path: Path, report: str, code: int, message: str
+) -> None:
+    """Also where the base is named by the adapter alone, and the adapter given as a file."""
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    (tmp_path / "map.json").write_text('{"layers.0.*": 0}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    arguments = ["interpolate", "-", adapter / "adapter_model.safetensors", "-o", tmp_path / "out", "--alpha", "0.5"]
+    options = ["--alpha-map", tmp_path / "map.json", "--overwrite", "--path-report", tmp_path / report]
+    done = run(*arguments, *options)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_brackets_and_colons_are_shown_as_they_are(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("def evaluate(m): return {'acc[/x]:b:': 1}")
+    output = tmp_path / "o[x]"
+    done = run("interpolate", base, adapter, "-o", output, "--alphas", "0:1:1", "--eval", tmp_path / "judge.py")
+    assert done.exit_code == 0, done.output
+    assert "acc[/x]:b:" in done.stdout
+    assert f"{output}/alpha-1" in done.stdout
+
+
 def test_a_stop_while_evaluating_says_what_is_there(base: Path, adapter: Path, tmp_path: Path) -> None:
     script = tmp_path / "judge.py"
     script.write_text("def evaluate(m): raise KeyboardInterrupt")
@@ -295,7 +355,13 @@ def test_negative_alphas_are_no_options(base: Path, adapter: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ['{"layers.0.*": 0, "*.1.up.weight": [0.5]}', "layers.0.*: 0\n'*.1.up.weight': [0.5]\n"]
+    "text",
+    [
+        '{"layers.0.*": 0, "*.1.up.weight": [0.5]}',
+        "layers.0.*: 0\n'*.1.up.weight': [0.5]\n",
+        '{"layers.0.*": 0e-3,\t"*.1.up.weight": [5e-1]}',
+        "layers.0.*: 0e-3\n'*.1.up.weight': [5e-1]\n",
+    ],
 )
 def test_maps_are_read_from_files(base: Path, adapter: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "map.yaml").write_text(text)
@@ -321,6 +387,14 @@ def test_maps_are_read_from_files(base: Path, adapter: Path, tmp_path: Path, tex
         ("layers.0.*: {a: 1}", "should have a number"),
         ("[" * 2000, "not valid YAML"),
         ("layers.0.*: .nan", "not a finite number"),
+        ("layers.0.*: 1:30", "should have a number"),
+        ("layers.0.*: 2020-99-99", "should have a number"),
+        ("layers.0.*: 0x_", "should have a number"),
+        ('{"layers.0.*": 1, "layers.0.*": 0}', "occurs twice"),
+        ("layers.0.*: 1\nlayers.0.*: 0", "occurs twice"),
+        ("? [a]\n: 1", "not valid YAML"),
+        ('{"layers.0.*": ' + "9" * 400 + "}", "too large"),
+        ("{}", "found nothing"),
     ],
 )
 def test_maps_that_are_none(base: Path, adapter: Path, tmp_path: Path, text: str, message: str) -> None:

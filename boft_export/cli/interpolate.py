@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from boft_export.cli import options as opt
-from boft_export.cli.output import Output
+from boft_export.cli.output import Output, stdout_to_stderr
 from boft_export.cli.result import show_interpolation, write_nothing
 from boft_export.cli.run import reported
-from boft_export.errors import UsageError
 from boft_export.linalg.path import InterpolationPath
 
 if TYPE_CHECKING:
     from boft_export.pipeline.evaluation import Figures
     from boft_export.pipeline.interpolate import InterpolationResult
+    from boft_export.pipeline.path_report import PathReport
 
 NAME = "interpolate"
 EPILOG = opt.examples(
@@ -121,7 +119,10 @@ def command(
             "alpha_map": read_alpha_map(alpha_map) if alpha_map is not None else None,
         }
         request = interpolation(**asked)
-        _check_extras(path_report, evaluation, [base, *adapters], overwrite=overwrite)
+        if evaluation is not None:
+            from boft_export.pipeline.evaluation import check_script
+
+            check_script(evaluation)
         options = RunOptions(
             dtype=dtype.kept,
             compute_dtype=compute_dtype.value,
@@ -133,6 +134,16 @@ def command(
             overwrite=overwrite,
             sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
         )
+        if path_report is not None:
+            from boft_export.pipeline.prepare import check_further_file, prepare
+            from boft_export.report.path_report import check_path_report
+
+            # Before any work, what would come to light after it.
+            check_path_report(path_report, overwrite=overwrite)
+            ready = prepare(base, adapters, output, request, options, "cpu")
+            read = [p for p in (alpha_map, evaluation) if p is not None]
+            check_further_file(path_report, ready, base, adapters, read)
+            path_report = path_report.absolute()
         if dry_run:
             write_nothing(out, base, adapters, output, request, options)
             return
@@ -145,38 +156,31 @@ def command(
         seconds = time.monotonic() - started
         out.published = str(output)
         out.notices(result.plan.notices)
-        figures = _evaluate(out, evaluation, result)
-        if path_report is not None:
-            from boft_export.pipeline.path_report import measure_path
-            from boft_export.report.path_report import write_path_report
+        # A script may do anything to this process, so it comes after what is measured here.
+        report = _measure(out, result) if path_report is not None else None
+        figures: Sequence[Figures | None] = [None] * len(result.outputs)
+        try:
+            if evaluation is not None:
+                figures = _evaluate(out, evaluation, result)
+        finally:
+            if report is not None and path_report is not None:
+                from boft_export.report.path_report import write_path_report
 
-            with out.progress("measuring", "layers") as progress:
-                write_path_report(measure_path(result, figures, progress), path_report)
+                write_path_report(replace(report, evaluations=tuple(figures)), path_report)
         show_interpolation(out, interpolation_document(result, figures, seconds))
         if path_report is not None:
             out.line(f"reported to {path_report}")
 
 
-def _check_extras(report: Path | None, evaluation: Path | None, inputs: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse, before any work, a report or an evaluation that could not be made after it."""
-    if report is not None:
-        from boft_export.report.path_report import check_path_report
+def _measure(out: Output, result: InterpolationResult) -> PathReport:
+    from boft_export.pipeline.path_report import measure_path
 
-        check_path_report(report, overwrite=overwrite)
-        folders = [Path(i).resolve() for i in inputs if Path(i).is_dir()]
-        if inside := next((f for f in folders if report.resolve().is_relative_to(f)), None):
-            raise UsageError(f"{report} would write into the input {inside}.", hint="Choose a place outside of it.")
-    if evaluation is not None:
-        from boft_export.pipeline.evaluation import check_script
-
-        check_script(evaluation)
+    with out.progress("measuring", "layers") as progress:
+        return measure_path(result, progress=progress)
 
 
-def _evaluate(out: Output, script: Path | None, result: InterpolationResult) -> Sequence[Figures | None]:
-    if script is None:
-        return [None] * len(result.outputs)
+def _evaluate(out: Output, script: Path, result: InterpolationResult) -> Sequence[Figures | None]:
     from boft_export.pipeline.evaluation import evaluate
 
-    # What the script prints is not this program's data.
-    with out.progress("evaluating", "outputs") as progress, redirect_stdout(sys.stderr):
+    with out.progress("evaluating", "outputs") as progress, stdout_to_stderr():
         return evaluate(script, [o.folder for o in result.outputs], progress)

@@ -43,13 +43,13 @@ class Output:
     def _err(self) -> Console:
         from rich.console import Console
 
-        return Console(stderr=True, highlight=False, soft_wrap=True)
+        return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     @property
     def _out(self) -> Console:
         from rich.console import Console
 
-        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False, emoji=False)
 
     def document(self, document: Mapping[str, Any]) -> None:
         """Print a JSON document, if that is what was asked for."""
@@ -163,6 +163,20 @@ class Output:
     @property
     def _plain(self) -> bool:
         return not (self.as_json or self.quiet)
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what others print, their child processes too: stdout is for this program's data."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def give_up_stdout() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import runpy
 import sys
@@ -52,7 +53,9 @@ def evaluate(
     Raises:
         InputError: If the script fails, or returns something else than numbers by name.
     """
-    sys.path.insert(0, str(script.resolve().parent))
+    # The script may change the current folder.
+    beside, folders = str(script.resolve().parent), [f.resolve() for f in folders]
+    sys.path.insert(0, beside)
     try:
         function = _guard(script, None, lambda: runpy.run_path(str(script), run_name="boft_export_evaluation"))
         if not callable(call := function.get(_FUNCTION)):
@@ -64,7 +67,8 @@ def evaluate(
             found.append(_figures(script, folder, _guard(script, folder, partial(call, str(folder)))))
         return found
     finally:
-        sys.path.remove(str(script.resolve().parent))
+        with contextlib.suppress(ValueError):
+            sys.path.remove(beside)
 
 
 def _guard(script: Path, folder: Path | None, work: Callable[[], Any]) -> Any:  # noqa: ANN401  # a user's own value
@@ -84,6 +88,6 @@ def _figures(script: Path, folder: Path, value: object) -> Figures:
         raise InputError(f"{script} returned {value!r} for {folder}: expected figures by name.", hint=_HINT)
     try:
         numbers = {k: float(v) for k, v in value.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{script} returned {value!r} for {folder}: {error}.", hint=_HINT) from error
     return {k: v if math.isfinite(v) else None for k, v in numbers.items()}

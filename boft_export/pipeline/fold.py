@@ -52,12 +52,17 @@ class Measure:
     @property
     def relative_change(self) -> float:
         """||dW|| / ||W||."""
-        return math.sqrt(self.change / self.source) if self.source else 0.0
+        return _root(self.change, self.source) or 0.0
 
     @property
     def rounding_loss(self) -> float | None:
         """||rounding error|| / ||dW||; None where nothing was to change."""
-        return math.sqrt(self.rounding / self.change) if self.change else None
+        return _root(self.rounding, self.change)
+
+
+def _root(part: float, whole: float) -> float | None:
+    """Return sqrt(part / whole); None where there is no whole, or the squares of huge values have no sum."""
+    return math.sqrt(part / whole) if whole and math.isfinite(part) and math.isfinite(whole) else None
 
 
 def fold(

@@ -34,7 +34,8 @@ class LayerPoint:
         rms_angle: The root mean square of its angles over all n directions, in radians.
         distance: |log R(alpha)|, the distance from the identity along the rotations: sqrt(n) times ``rms_angle``.
         residual: max |R(alpha)^T R(alpha) - I|.
-        relative_change: |W(alpha) - W| / |W| of the layer's tensor, all adapters and scales included.
+        relative_change: |W(alpha) - W| / |W| of the layer's tensor, all adapters and scales included, not yet rounded.
+            W is what is rotated: where an adapter replaces the base's weight, what takes its place.
         energy_ratio: The hyperspherical energy of the tensor's neurons over that of the base's; None without a pair.
     """
 

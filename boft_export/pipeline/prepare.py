@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
-from boft_export.errors import ResourceError, UsageError, raise_for_errors
+from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
 from boft_export.pipeline.options import RunOptions
 from boft_export.planning import FoldPlan, make_plan
@@ -101,7 +101,7 @@ def prepare(
     plan = plan_merge(
         base, adapters, dtype=options.dtype, max_shard_size=options.max_shard_size, sources=options.sources
     )
-    _keep_off_inputs(target, plan, {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()})
+    _keep_off_inputs(target, plan, _shared(base, adapters))
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
     course = interpolation.course(plan)
     plan = replace(plan, notices=(*interpolation.notices(plan), *plan.notices))
@@ -113,6 +113,38 @@ def prepare(
             if options.jobs is not None or jobs == 1:
                 raise
             jobs -= 1
+
+
+def check_further_file(
+    file: Path, ready: Prepared, base: Ref | None, adapters: Sequence[Ref], others: Iterable[Path] = ()
+) -> None:
+    """Refuse a file, to be written after a run, that is or lies in an input or the output, or can't be made.
+
+    Args:
+        file: The file.
+        ready: The run.
+        base: Its base.
+        adapters: Its adapters.
+        others: Further files that are read.
+
+    Raises:
+        UsageError: If it may not be written.
+        AccessError: If its folder can't be made or written to.
+    """
+    _keep_off_inputs(file, ready.plan, _shared(base, adapters))
+    place = file.resolve()
+    if place in {p.resolve() for p in (*ready.plan.input_files().values(), *others)}:
+        raise UsageError(f"{file} is an input, and inputs are never written to.", hint="Choose another file.")
+    if place.is_relative_to(ready.output.resolve()):
+        raise UsageError(f"{file} lies in the output {ready.output}.", hint="Choose a place beside it.")
+    folder = next(p for p in place.parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise AccessError(f"{file} can't be written: {folder} is no folder that this user may write to.")
+
+
+def _shared(base: Ref | None, adapters: Ref | Sequence[Ref]) -> set[Path]:
+    """Return the folders of inputs that were given as one file."""
+    return {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()}
 
 
 def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from decimal import Decimal, DecimalException, InvalidOperation, Overflow
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,11 +19,23 @@ Alpha = float | Sequence[float]
 AlphaMap = Mapping[str, Alpha]
 
 _MOST_STEPS = 1000
+_FLOAT, _INT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp"))
 
 
-def several(alpha: Alpha) -> tuple[float, ...]:
-    """Return an alpha as the numbers it has, one or more."""
-    return tuple(map(float, alpha)) if isinstance(alpha, Sequence) else (float(alpha),)
+def several(alpha: object) -> tuple[float, ...]:
+    """Return an alpha as the numbers it has, one or more.
+
+    Raises:
+        UsageError: If it has others than numbers.
+    """
+    try:
+        if isinstance(alpha, str):
+            raise TypeError("a text")
+        # -0 is 0.
+        values: Iterable[Any] = alpha if isinstance(alpha, Iterable) else (alpha,)
+        return tuple(float(a) + 0.0 for a in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"alpha {alpha!r} is not a number, or one for each adapter: {error}.") from error
 
 
 def number_text(value: float) -> str:
@@ -69,23 +84,62 @@ def read_alpha_map(path: Path) -> dict[str, Alpha]:
         AccessError: If it can't be read.
         DamagedFileError: If it is not a mapping of patterns to numbers, or to lists of them.
     """
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
+        if text.lstrip().startswith("{"):
+            content = json.loads(text, object_pairs_hook=_once)
+        else:
+            content = yaml.load(text, _PlainLoader)  # noqa: S506  # a safe loader's own child
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError, OverflowError) as error:
         where = str(getattr(error, "problem_mark", "") or "").strip()
+        what = getattr(error, "problem", None) or error
         raise DamagedFileError(
-            f"{path} is not valid YAML: {getattr(error, 'problem', None) or 'nested too deep'} {where}".rstrip() + ".",
+            f"{path} is not valid YAML or JSON: {what} {where}".rstrip() + ".",
             hint="Put patterns in quotes: '*.q_proj.weight': 0.5",
         ) from error
     if not isinstance(content, dict) or not content:
-        raise DamagedFileError(f"{path} should map patterns to alphas, found {type(content).__name__}.")
+        found = "nothing" if not content else type(content).__name__
+        raise DamagedFileError(f"{path} should map patterns to alphas, found {found}.")
     for pattern, value in content.items():
         parts = value if isinstance(value, list) and value else [value]
         if not isinstance(pattern, str) or not all(_is_number(v) for v in parts):
             raise DamagedFileError(
                 f"{path}: {pattern} should have a number, or a list with one for each adapter, found {value!r}."
             )
-    return {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in content.items()}
+    try:
+        return {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in content.items()}
+    except OverflowError as error:
+        raise DamagedFileError(f"{path} has a number that is too large: {error}.") from error
+
+
+def _once(pairs: Iterable[tuple[Hashable, object]]) -> dict[Hashable, object]:
+    """Return a mapping whose keys occur once: of the same pattern twice, it is unclear which one is meant."""
+    found: dict[Hashable, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} occurs twice")
+        found[key] = value
+    return found
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose numbers are decimal, 1e-3 among them, and whose keys occur once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:  # noqa: ARG002, FBT001, FBT002  # PyYAML's own signature
+        """Return a mapping, refusing a key that occurs twice."""
+        return _once((self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value)
+
+
+# YAML 1.1 takes 1:30 for 90 and 1e-3 for a text; plain decimal numbers are what is meant.
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in {_FLOAT, _INT, _TIME}]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
 
 
 def _is_number(value: object) -> bool:

@@ -193,7 +193,7 @@ def interpolation(
         if not alpha_map:
             raise UsageError("it is not said how far to go.", hint="Give an alpha: 0 is the base, 1 the tuned model.")
         alpha = 1.0
-    wanted = (alpha,) if alpha is not None else tuple(alphas or ())
+    wanted = (alpha,) if alpha is not None else tuple(alphas if alphas is not None else ())
     return Interpolation(InterpolationPath(path), wanted, alphas is not None, alpha_map or {})
 
 
