@@ -304,6 +304,30 @@ def test_a_tie_holds_only_where_both_sides_come_by_the_same_way(tmp_path: Path) 
     assert torch.equal(read_folder(tmp_path / "out" / "alpha-1")["lm_head.weight"], second)
 
 
+def test_a_map_may_not_take_a_tie_apart(tmp_path: Path) -> None:
+    """Both sides are on disk and replaced alike: a loader would take one of them for both."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    names, old, new = ("model.embed_tokens.weight", "lm_head.weight"), randn(8, 16), randn(8, 16, seed=1)
+    base = write_checkpoint(tmp_path / "base", {n: old.clone() for n in names}, config)
+    both = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = write_adapter(tmp_path / "adapter", {PRE + n: new.clone() for n in names}, both)
+    with pytest.raises(boft_export.InputError, match="apart"):
+        boft_export.interpolate(base, adapter, tmp_path / "out", 0.5, alpha_map={"lm_head.weight": 0})
+    assert not (tmp_path / "out").exists()
+    boft_export.interpolate(base, adapter, tmp_path / "out", alpha_map=dict.fromkeys(names, 0.5))
+    found = read_folder(tmp_path / "out")
+    assert torch.equal(found[names[0]], found[names[1]])
+
+
+def test_what_is_too_large_to_measure_is_merged_all_the_same(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": randn(8, 16).double() * 1e200})
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("a", 16, 8))
+    result = boft_export.interpolate(base, adapter, tmp_path / "out", 0.5)
+    record = json.loads((tmp_path / "out" / "boft_export.json").read_text())["tensors"]["a.weight"]
+    assert record["relative_change"] is record["rounding_loss"] is None
+    assert boft_export.measure_path(result).layers[0].points[0].relative_change is None
+
+
 def test_infinities_of_the_base_are_no_damage_of_the_adapter(tmp_path: Path) -> None:
     old, new = randn(8), randn(8, seed=1)
     old[2] = -torch.inf

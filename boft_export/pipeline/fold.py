@@ -50,9 +50,9 @@ class Measure:
         )
 
     @property
-    def relative_change(self) -> float:
-        """||dW|| / ||W||."""
-        return _root(self.change, self.source) or 0.0
+    def relative_change(self) -> float | None:
+        """||dW|| / ||W||; None where the squares of huge values have no sum."""
+        return _root(self.change, self.source) if self.source else 0.0
 
     @property
     def rounding_loss(self) -> float | None:

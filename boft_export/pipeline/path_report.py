@@ -44,7 +44,7 @@ class LayerPoint:
     rms_angle: float
     distance: float
     residual: float
-    relative_change: float
+    relative_change: float | None
     energy_ratio: float | None
 
 

@@ -92,6 +92,7 @@ class _Planner(Draft):
             edits=tuple(self.edits),
             notices=tuple(dict.fromkeys(self.notices)),
             renames=tuple(tuple(str(r) for r in rules) for rules in self.rules),
+            tied=tuple(dict.fromkeys(self.tied)) if not self.ties.untied else (),
         )
 
     # Matching

@@ -60,6 +60,7 @@ class Draft:
         edits: What changes in the config.
         stripped: The prefix that the base's names lack, as those of a bare encoder do.
         resized: Whether a vocabulary changed its size.
+        tied: Pairs of tensors that are both written, and that a loader takes for one.
     """
 
     def __init__(self, base: Checkpoint, adapters: Sequence[SourcedAdapter]) -> None:
@@ -71,6 +72,7 @@ class Draft:
         self.edits: list[ConfigEdit] = []
         self.stripped = ""
         self.resized = False
+        self.tied: list[tuple[str, str]] = []
 
     def note(self, level: Level, code: str, subject: str, message: str, hint: str | None = None) -> None:
         """Note a finding."""

@@ -171,6 +171,7 @@ class FoldPlan:
         edits: What changes in ``config.json``.
         notices: All findings, the least first.
         renames: The prefix changes under which the adapters' names were found, by adapter.
+        tied: Pairs of changed tensors that are both written, and that a loader takes for one.
     """
 
     base: Checkpoint
@@ -180,6 +181,7 @@ class FoldPlan:
     edits: tuple[ConfigEdit, ...]
     notices: tuple[Notice, ...]
     renames: tuple[tuple[str, ...], ...] = field(default=())
+    tied: tuple[tuple[str, str], ...] = field(default=())
 
     @cached_property
     def tensors(self) -> tuple[TensorPlan, ...]:

@@ -83,11 +83,17 @@ class Interpolation:
 
         Raises:
             UsageError: If the numbers of alphas and adapters differ, or an alpha occurs twice.
-            InputError: If a pattern of the map matches no tensor that the adapters change.
+            InputError: If a pattern of the map matches no tensor that the adapters change, or takes tied tensors apart.
         """
         count = len(plan.adapters)
         own = self._own(plan)
         found = [Strength(_for_adapters(a, count), own) for a in self.alphas]
+        for one, other in plan.tied:
+            if any(s.of(one) != s.of(other) for s in found):
+                raise InputError(
+                    f"the alpha map takes {one} and {other} apart, which the model holds as one tensor.",
+                    hint="Give both the same alpha.",
+                )
         labels = [s.label for s in found]
         if len(set(labels)) < len(labels):
             twice = next(label for label in labels if labels.count(label) > 1)

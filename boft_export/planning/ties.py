@@ -112,6 +112,8 @@ class Ties:
                     del self.draft.slots[found]
                     self.still_tied.add(found)
                     self.draft.note(Level.INFO, "tied-weights", found, f"equals {embedding}; they stay tied")
+                else:
+                    self.draft.tied.append((embedding, found))
         self._complete()
 
     def _complete(self) -> None:
@@ -128,6 +130,8 @@ class Ties:
             for one, other in pairs:
                 if not self.untied and self._are_apart(one, other):
                     self._set_untied(other, one)
+            if not self.untied:
+                self.draft.tied += [p for p in pairs if p[1] in self.draft.slots and self.draft.slots[p[0]].changed]
             for one, other in pairs if self.untied else ():
                 partner = self.draft.slots[one]
                 follows = one.endswith(".bias") or partner.base is None
