@@ -1,0 +1,1 @@
+"""Judging adapters and merges: what was measured, against which limit, and what is wrong by name."""
