@@ -153,6 +153,46 @@ def run_plan(
     )
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A merge whose result is looked at and not written.
+
+    Attributes:
+        pieces: Each output's bytes in order: the tensor, and the next of its bytes. They are good until the next is
+            asked for.
+        hashes: Digests of the inputs, complete when all pieces were taken.
+        layers: The operators in use.
+    """
+
+    pieces: Iterator[tuple[TensorPlan, memoryview, list[Measure]]]
+    hashes: InputHashes
+    layers: LayerCache
+
+
+@contextlib.contextmanager
+def replay_plan(plan: FoldPlan, course: Course, engine: Engine) -> Iterator[Replay]:
+    """Give what ``run_plan`` would write as the first output, in the same bounded memory.
+
+    Raises:
+        DamagedFileError: If an input ends early.
+        AccessError: If a file can't be read.
+    """
+    keep_tiles_free_chunks()
+    layers = LayerCache(plan, course, engine.compute, engine.memory.rotations * len(engine.devices))
+    hashes = InputHashes(plan.input_files())
+    stream = _Stream(plan.shards, course, engine, layers, hashes)
+
+    def pieces() -> Iterator[tuple[TensorPlan, memoryview, list[Measure]]]:
+        for shard in plan.shards:
+            for chunk, made in stream.take(shard):
+                yield chunk.tensor, *made[0]
+
+    try:
+        yield Replay(pieces(), hashes, layers)
+    finally:
+        stream.close()
+
+
 class _Writer:
     """One output's file of a shard, with its digest and what was measured of its tensors."""
 

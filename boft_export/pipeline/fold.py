@@ -95,14 +95,31 @@ def fold(
     out = torch.empty(count, dtype=dtype)
     measures = []
     for offset in range(0, count, tile):
-        x = _mix([(m[offset : offset + tile], weight) for m, weight in mixture], device, compute)
-        y = x
-        for step, operator in steps:
-            y = _apply(step, operator, y, start + offset)
+        run = [(m[offset : offset + tile], weight) for m, weight in mixture]
+        x, y = unrounded(run, steps, start + offset, compute=compute, device=device)
         rounded = round_once(y, dtype)
         out[offset : offset + tile] = rounded
         measures.append(_measure(x, y, rounded.to(compute)))
     return out, measures
+
+
+def unrounded(
+    mixture: Sequence[tuple[Tensor, float]],
+    steps: Sequence[tuple[Step, LayerOperator]],
+    start: int,
+    *,
+    compute: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return a run's elements before and after the steps, flat, in ``compute``, not yet rounded.
+
+    Arguments are those of ``fold``; the run is whole granules of its segment.
+    """
+    x = _mix(mixture, device, compute)
+    y = x
+    for step, operator in steps:
+        y = _apply(step, operator, y, start)
+    return x, y
 
 
 def _mix(mixture: Sequence[tuple[Tensor, float]], device: torch.device, compute: torch.dtype) -> Tensor:
