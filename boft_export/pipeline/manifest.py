@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
+from boft_export.pipeline.recorded import SCHEMA_VERSION
 from boft_export.planning import Action, FoldPlan, Step
 from boft_export.planning.strength import Strength
 from boft_export.version import __version__
-
-MANIFEST_NAME = "boft_export.json"
-SCHEMA_VERSION = 1
 
 
 def manifest(

@@ -24,10 +24,11 @@ from boft_export.errors import (
 )
 from boft_export.pipeline.engine import Engine, OutputResult, run_plan
 from boft_export.pipeline.layers import inspect_values
-from boft_export.pipeline.manifest import MANIFEST_NAME, dump, manifest
+from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
 from boft_export.pipeline.prepare import prepare
+from boft_export.pipeline.recorded import MANIFEST_NAME
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.inputs import Ref
