@@ -13,7 +13,8 @@ import matplotlib as mpl
 import pytest
 from matplotlib.image import imread
 
-from boft_export.plots.path_figure import draw, own_style, png_bytes
+from boft_export.plots.panel import own_style
+from boft_export.plots.path_figure import draw, png_bytes
 from boft_export.plots.path_page import page
 
 HOSTILE = "<script>alert(1)</script>&amp;\"'$x_1$\u202e.\n"

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 from matplotlib.figure import Figure
 
-from boft_export.plots.path_figure import Panel, own_style
+from boft_export.plots.panel import Panel, own_style
 
 # On a phone, a plot of this width is shown at its size: 72 pixels to the inch.
 _PAGE_INCHES = (4.4, 2.7)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-OTHER = "other"
-# Colours of the kinds of module in their order; the last one is that of all others.
-KIND_COLOURS = ("#2a6fc9", "#d9700f", "#25915a", "#cf3f4f", "#7d5bd0", "#12899f", "#96751a", "#b5479e", "#7f8791")
+from boft_export.plots.module_names import OTHER, kind_colours, model_order, module_kinds, printable
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,9 @@ class Sweep:
         """Return a document's outputs and layers in order."""
         outputs = document["outputs"]
         order = sorted(range(len(outputs)), key=lambda i: tuple(outputs[i]["alpha"]))
-        layers = _in_model_order(document["layers"])
-        kinds = _kinds([printable(x["module"]) for x in layers])
+        layers = [document["layers"][i] for i in model_order([x["module"] for x in document["layers"]])]
+        layers.sort(key=lambda layer: layer["adapter"])
+        kinds = module_kinds([printable(x["module"]) for x in layers])
         return cls(
             base=printable(document["base"]),
             adapters=tuple(map(printable, document["adapters"])),
@@ -105,12 +102,7 @@ class Sweep:
     @cached_property
     def colours(self) -> dict[str, str]:
         """The kinds that have a colour of their own, the most frequent ones, and ``OTHER`` where there are more."""
-        counts = Counter(layer.kind for layer in self.layers)
-        own = len(KIND_COLOURS) - 1
-        if len(counts) <= own:
-            return dict(zip(counts, KIND_COLOURS, strict=False))
-        kept = {kind for kind, _ in counts.most_common(own - 1)}
-        return {**dict(zip((k for k in counts if k in kept), KIND_COLOURS, strict=False)), OTHER: KIND_COLOURS[-1]}
+        return kind_colours([layer.kind for layer in self.layers])
 
     def groups(self) -> dict[str, list[Layer]]:
         """Return the layers by kind, in the order of ``colours``."""
@@ -152,52 +144,5 @@ ENERGY = Quantity("energy_ratio", offset=1)
 RESIDUAL = Quantity("residual")
 
 
-def printable(text: object) -> str:
-    """Return a text without what has no place in a line of one: control characters, half characters, directions."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
-
-
-def shortened(text: str, length: int) -> str:
-    """Return a text's end where it is too long, from a dot on if one is near: names that differ do so at the end."""
-    if len(text) <= length:
-        return text
-    end = text[1 - length :]
-    _, dot, rest = end.partition(".")
-    return "…" + (rest if dot and len(rest) > length // 2 else end)
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _in_model_order(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return layers by adapter and number, layer 2 before layer 10; the rest of their names stays in its order."""
-    names = [re.findall(r"[0-9]+|[^0-9]+", layer["module"]) for layer in layers]
-    first: dict[str, int] = {}
-    for part in (p for name in names for p in name):
-        first.setdefault(part, len(first))
-
-    def key(i: int) -> tuple[int, list[tuple[int, int, str]]]:
-        # Numbers compare by length, then as text: int refuses very long ones.
-        digits = [part.lstrip("0") if part.isdecimal() else "" for part in names[i]]
-        return layers[i]["adapter"], [
-            (0, len(d), d) if part.isdecimal() else (1, first[part], "")
-            for part, d in zip(names[i], digits, strict=True)
-        ]
-
-    return [layers[i] for i in sorted(range(len(layers)), key=key)]
-
-
-def _kinds(modules: Sequence[str]) -> list[str]:
-    """Return each module's kind: what follows the last number in its name, cut short where that stays unique."""
-    tails = []
-    for module in modules:
-        parts = module.split(".")
-        while len(parts) > 1 and parts[-1].isdecimal():
-            parts.pop()
-        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
-        tails.append(tuple(parts[numbers[-1] + 1 if numbers else 0 :]))
-    distinct = set(tails)
-    endings = Counter(tail[-i:] for tail in distinct for i in range(1, len(tail) + 1))
-    short = {t: next((t[-i:] for i in range(1, len(t)) if endings[t[-i:]] == 1), t) for t in distinct}
-    return [".".join(short[tail]) for tail in tails]

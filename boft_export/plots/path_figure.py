@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,19 +17,17 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from boft_export.plots.module_names import KIND_COLOURS, shortened
+from boft_export.plots.panel import INK, MUTED, PAPER, Panel, number, own_style, power, powers, say
 from boft_export.plots.path_data import (
     CHANGE,
     ENERGY,
-    KIND_COLOURS,
     RESIDUAL,
     RMS_ANGLE,
     Layer,
     Quantity,
     Sweep,
-    shortened,
 )
-
-INK, MUTED, LINE, PAPER = "#1d232b", "#5c6673", "#dfe3e8", "#ffffff"
 
 # A deviation of the energy that storing weights in 16 bits can bring about by itself.
 ENERGY_ROUNDING = 1e-4
@@ -50,54 +44,6 @@ _MOST_LINES = 60
 # With fewer layers, the lines say all that a heat map would.
 _HEAT_MAP_LAYERS = 8
 _PANEL_INCHES = (4.8, 3.0)
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 18,
-    "axes.unicode_minus": True,
-    "figure.facecolor": PAPER,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "boft-export",
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A plot.
-
-    Attributes:
-        name: What it is called among the panels; letters and numbers only.
-        title: What it shows.
-        caption: How to read it, in a line.
-        draw: Draws it.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Axes], None]
 
 
 def draw(document: Mapping[str, Any], columns: int = 2) -> Figure:
@@ -174,14 +120,14 @@ def layer_panels(sweep: Sweep) -> list[Panel]:
         Panel(
             "energy",
             "Hyperspherical energy ratio − 1",
-            f"Rotations stay in the band, ±{_power(ENERGY_ROUNDING)}, which rounding to 16 bits explains; "
+            f"Rotations stay in the band, ±{power(ENERGY_ROUNDING)}, which rounding to 16 bits explains; "
             "beyond it, the angles between neurons have changed.",
             partial(_draw_layers, sweep=sweep, quantity=ENERGY, frame=_frame_energy),
         ),
         Panel(
             "residual",
             "Distance from orthogonal, max |RᵀR − I|",
-            f"Rotations stay in the band, up to {_power(RESIDUAL_ROUNDING)}, which float64's rounding explains; "
+            f"Rotations stay in the band, up to {power(RESIDUAL_ROUNDING)}, which float64's rounding explains; "
             "what lies above it also stretches.",
             partial(_draw_layers, sweep=sweep, quantity=RESIDUAL, frame=_frame_residual),
         ),
@@ -199,26 +145,6 @@ def layer_panels(sweep: Sweep) -> list[Panel]:
     return found
 
 
-@contextmanager
-def own_style() -> Iterator[None]:
-    """Draw the same whatever the user's own settings of matplotlib are."""
-    with mpl.rc_context(), warnings.catch_warnings():
-        # In a name that the font can't write, a box is as good as it gets.
-        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
-        defaults: Any = {k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"}
-        mpl.rcParams.update(defaults)
-        mpl.rcParams.update(_STYLE)
-        yield
-
-
-def _power(value: float) -> str:
-    return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")
-
-
 # What all plots have in common
 
 
@@ -234,7 +160,7 @@ def _frame_outputs(axes: Axes, sweep: Sweep) -> None:
         return
     axes.set_xlabel("alpha")
     if len(where) <= _MOST_TICKS and all(b - a >= 0.07 * (high - low) for a, b in pairwise(where)):
-        _name_places(axes, where, [_number(a) for a in where])
+        _name_places(axes, where, [number(a) for a in where])
     for alpha, name in ((0, "base"), (1, "tuned")):
         if low <= alpha <= high:
             axes.axvline(alpha, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
@@ -279,12 +205,12 @@ def _draw_metric(axes: Axes, sweep: Sweep, name: str) -> None:
     found = [(x, v) for x, e in zip(sweep.positions, sweep.evaluations, strict=True) if (v := e.get(name)) is not None]
     _frame_outputs(axes, sweep)
     if not found:
-        _say(axes, "no figure")
+        say(axes, "no figure")
         return
     where, values = [x for x, _ in found], [v for _, v in found]
     if len(sweep.labels) == 1:
         bars = axes.bar(where, values, width=0.2, color=KIND_COLOURS[0])
-        axes.bar_label(bars, [_number(values[0])], padding=3, fontsize=9)
+        axes.bar_label(bars, [number(values[0])], padding=3, fontsize=9)
         axes.margins(y=0.18)
         return
     axes.plot(where, values, color=INK, linewidth=2, marker="o", markersize=5 if len(values) <= _MOST_MARKS else 0)
@@ -313,7 +239,7 @@ def _write_values(axes: Axes, where: Sequence[float], values: Sequence[float]) -
         edge = (where[i] < left + room) - (where[i] > right - room)
         aside = edge or (i == 0) - (i == last) or (before > 0 > after) - (before < 0 < after)
         axes.annotate(
-            _number(values[i]),
+            number(values[i]),
             (where[i], values[i]),
             xytext=(4 * aside, -6 if below else 6),
             textcoords="offset points",
@@ -332,7 +258,7 @@ def _draw_layers(
     """Draw a quantity of all layers: a line for each along alpha, or a point for each where there is one output."""
     seen = [v for i in range(len(sweep.labels)) for v in sweep.column(quantity, i)]
     if not seen:
-        _say(axes, "no figure")
+        say(axes, "no figure")
         return
     shown = (frame or _frame_from_zero)(axes, seen)
     if len(sweep.labels) == 1:
@@ -422,7 +348,7 @@ def _draw_map(axes: Axes, sweep: Sweep) -> None:
     axes.set_xlim(-0.5 - 0.045 * count, count - 0.5)
     for kind, top, bottom in bands:
         axes.fill_betweenx([top, bottom], -0.5 - 0.04 * count, -0.5 - 0.012 * count, color=sweep.colours[kind], lw=0)
-    _name_places(axes, range(count), [_number(a[0]) for a in sweep.alphas] if sweep.is_scale else sweep.labels, most=7)
+    _name_places(axes, range(count), [number(a[0]) for a in sweep.alphas] if sweep.is_scale else sweep.labels, most=7)
     axes.set_xlabel("alpha" if sweep.is_scale else "alpha of each adapter")
     _name_bands(axes, bands, len(rows))
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
@@ -443,10 +369,6 @@ def _name_bands(axes: Axes, bands: Sequence[tuple[str, float, float]], height: i
         text.set(parse_math=False)
 
 
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=MUTED)
-
-
 # How values stand on the vertical axis. Each sets up the axis for all values, and returns how one is shown.
 
 
@@ -462,10 +384,10 @@ def _frame_energy(axes: Axes, values: Sequence[float]) -> Callable[[float], floa
     axes.set_yscale("symlog", linthresh=least, linscale=max(0.5, 0.15 * math.log10(most / least)))
     axes.set_ylim(-most, most)
     axes.axhspan(-ENERGY_ROUNDING, ENERGY_ROUNDING, color=MUTED, alpha=0.12, linewidth=0)
-    powers = _powers(-4, most, 3)
-    axes.yaxis.set_major_locator(FixedLocator([*(-p for p in reversed(powers)), 0, *powers]))
+    marked = powers(-4, most, 3)
+    axes.yaxis.set_major_locator(FixedLocator([*(-p for p in reversed(marked)), 0, *marked]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{'+' if v > 0 else '−'}{_power(abs(v))}" if v else "0"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{'+' if v > 0 else '−'}{power(abs(v))}" if v else "0"))
     if max(map(abs, values)) <= ENERGY_ROUNDING:
         _note_in_band(axes, ENERGY_ROUNDING)
     return float
@@ -477,21 +399,14 @@ def _frame_residual(axes: Axes, values: Sequence[float]) -> Callable[[float], fl
     axes.set_yscale("log")
     axes.set_ylim(_LEAST_RESIDUAL / 2, most)
     axes.axhspan(_LEAST_RESIDUAL / 2, RESIDUAL_ROUNDING, color=MUTED, alpha=0.12, linewidth=0)
-    axes.yaxis.set_major_locator(FixedLocator(_powers(-17, most, 7)))
+    axes.yaxis.set_major_locator(FixedLocator(powers(-17, most, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda v, _: ("≤" if v < 2 * _LEAST_RESIDUAL else "") + _power(v)),
+        FuncFormatter(lambda v, _: ("≤" if v < 2 * _LEAST_RESIDUAL else "") + power(v)),
     )
     if max(values) <= RESIDUAL_ROUNDING:
         _note_in_band(axes, RESIDUAL_ROUNDING)
     return lambda v: max(v, _LEAST_RESIDUAL)
-
-
-def _powers(first: int, most: float, count: int) -> list[float]:
-    """Return powers of ten from a first one up to ``most``, at most ``count`` of them, evenly spread."""
-    last = math.floor(math.log10(most))
-    step = max(2, math.ceil((last - first + 1) / count))
-    return [10.0**i for i in range(first, last + 1, step)]
 
 
 def _note_in_band(axes: Axes, top: float) -> None:
