@@ -14,6 +14,7 @@ from boft_export.adapters.adapter import (
     ReadOptions,
     Replacement,
     ReplacementKind,
+    Storage,
     TensorInfo,
     View,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "Reader",
     "Replacement",
     "ReplacementKind",
+    "Storage",
     "TensorInfo",
     "View",
     "read_adapter",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import PureWindowsPath
 from typing import Any, Protocol
@@ -26,11 +26,22 @@ class TensorInfo(Protocol):
         """Its shape."""
 
 
+class Storage(StrEnum):
+    """How the skew-symmetric generators S of the blocks are stored."""
+
+    MATRIX = "matrix"
+    """As A, shape (b, b): S = (A - A^T) / 2."""
+    TRIANGLE = "triangle"
+    """As the b (b - 1) / 2 entries of S above its diagonal, row by row."""
+
+
 class Parametrization(StrEnum):
-    """How the trained blocks A become orthogonal blocks."""
+    """How generators S become blocks."""
 
     CAYLEY = "cayley"
-    """(I - S)(I + S)^-1 with S = (A - A^T) / 2."""
+    """(I - S)(I + S)^-1: orthogonal."""
+    NEUMANN = "neumann"
+    """c_0 I + c_1 S + c_2 S^2 + ..., the first terms of (I + S)(I - S)^-1: only nearly orthogonal."""
 
 
 class Pairing(StrEnum):
@@ -55,11 +66,18 @@ class AdapterLayer:
 
     Attributes:
         module: The module's name in the model that was trained.
-        blocks: Name of the tensor of trained blocks, shape (num_factors, num_blocks, block_size, block_size).
+        blocks: Name of the tensor of trained blocks: for each factor, for each of num_blocks, as ``storage`` says.
         scale: Name of the tensor of output scales, one for each output; None for none.
+        num_blocks: Blocks in a factor; of ``shared`` ones 1 until the weight is known, which says how often.
         num_outputs: Number of output scales; None without them.
+        series: The coefficients c_0, c_1, ... of ``Parametrization.NEUMANN``.
+        max_norm: The Frobenius norm to which stored matrices beyond it are scaled down; None for no bound. Of a
+            triangle it is that of the whole S.
+        transposed: The blocks are those of R^T.
+        shared: All blocks are one, stored once.
         views: How to see a weight, by its number of dimensions; what is missing can't be adapted.
         ambiguous_view: Why ``views`` lacks an entry that a flag could supply, by number of dimensions.
+        pointwise: Why of convolutions only those with a 1x1 kernel can be merged; None where all can.
     """
 
     module: str
@@ -71,8 +89,14 @@ class AdapterLayer:
     num_outputs: int | None
     parametrization: Parametrization = Parametrization.CAYLEY
     pairing: Pairing = Pairing.BUTTERFLY
+    storage: Storage = Storage.MATRIX
+    series: tuple[float, ...] = ()
+    max_norm: float | None = None
+    transposed: bool = False
+    shared: bool = False
     views: Mapping[int, View] = field(default_factory=dict)
     ambiguous_view: Mapping[int, str] = field(default_factory=dict)
+    pointwise: str | None = None
 
     @property
     def num_features(self) -> int:
@@ -83,6 +107,15 @@ class AdapterLayer:
     def weight(self) -> str:
         """The name of the weight it adapts, in the model that was trained."""
         return f"{self.module}.weight"
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether its blocks are rotations, and not only near to some."""
+        return self.parametrization is not Parametrization.NEUMANN
+
+    def over(self, width: int) -> AdapterLayer:
+        """Return the layer for a weight of ``width`` inputs: a shared block as often as it fits in."""
+        return replace(self, num_blocks=max(1, width // self.block_size)) if self.shared else self
 
     def run_size(self, i: int, j: int) -> int:
         """Return how many features factors i to j - 1 couple."""

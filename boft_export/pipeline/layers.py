@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
+from boft_export.adapters import AdapterLayer, Pairing, Parametrization, Storage, View
 from boft_export.errors import InputError, Level, Notice
+from boft_export.linalg import neumann
 from boft_export.linalg.butterfly import butterfly_index
-from boft_export.linalg.cayley import cayley, skew
+from boft_export.linalg.cayley import cayley, from_triangle, shrink, skew
 from boft_export.linalg.interpolation import interpolate_rotation, interpolate_scale
 from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import SMALLEST_STAGE
@@ -23,9 +25,15 @@ from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import FoldPlan, SourcedAdapter, Step
 from boft_export.planning.strength import Course
 
-# The skew generators that trained blocks stand for, and the blocks made of them.
-_GENERATOR = {Parametrization.CAYLEY: skew}
-_ORTHOGONAL = {Parametrization.CAYLEY: cayley}
+# The matrices that are stored, and the blocks made of their skew parts.
+_MATRIX: dict[Storage, Callable[[Tensor, int], Tensor]] = {
+    Storage.MATRIX: lambda trained, _: trained,
+    Storage.TRIANGLE: from_triangle,
+}
+_ORTHOGONAL: dict[Parametrization, Callable[[Tensor, AdapterLayer], Tensor]] = {
+    Parametrization.CAYLEY: lambda s, _: cayley(s),
+    Parametrization.NEUMANN: lambda s, layer: neumann.polynomial(s, layer.series),
+}
 _INDEX = {Pairing.BUTTERFLY: butterfly_index}
 
 
@@ -56,6 +64,20 @@ class LayerOperator:
         scale = None if self.scale is None else interpolate_scale(self.scale, alpha)
         return LayerOperator(interpolate_rotation(self.rotation, alpha, path), scale)
 
+    def inverse(self) -> LayerOperator:
+        """Return the operator that undoes this one: R^-1 and 1/s; what a scale of 0 made of a weight stays 0.
+
+        Raises:
+            ValueError: If the result is a mixture with the weight as it was.
+            LinAlgError: If a block has no inverse.
+        """
+        if self.weight != 1:
+            raise ValueError("a weighted sum of weights before and after a rotation is not undone by a rotation")
+        # Blocks that are only nearly orthogonal are not undone by their transposes.
+        factors = (Factor(torch.linalg.inv(f.blocks), f.index) for f in reversed(self.rotation.factors))
+        scale = None if self.scale is None else torch.where(self.scale == 0, 0, 1 / self.scale)
+        return LayerOperator(Rotation(tuple(factors)), scale)
+
 
 def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
     """Return a layer's R, factor by factor as it was trained, and s; float64 on the CPU.
@@ -64,20 +86,51 @@ def build_layer(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
         InputError: If the trained values give no rotation.
         AccessError: If the adapter's file cannot be read.
     """
-    trained = read_tensor(source.refs[layer.blocks])
+    generators = _generators(layer, read_tensor(source.refs[layer.blocks]))
     try:
-        generators = _GENERATOR[layer.parametrization](trained)
-        blocks = _ORTHOGONAL[layer.parametrization](generators)
+        blocks = _ORTHOGONAL[layer.parametrization](generators, layer)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not marked so
         raise _no_rotation(source, layer) from error
     if not torch.isfinite(blocks).all():
         raise _no_rotation(source, layer)
+    if layer.shared:
+        blocks, generators = (t.repeat(1, layer.num_blocks, 1, 1) for t in (blocks, generators))
     index = _INDEX[layer.pairing]
     factors = (
-        Factor(blocks[i], index(i, layer.num_blocks, layer.block_size), generators[i]) for i in range(layer.num_factors)
+        Factor(
+            blocks[i],
+            index(i, layer.num_blocks, layer.block_size),
+            generators[i] if layer.parametrization is Parametrization.CAYLEY else None,
+        )
+        for i in range(layer.num_factors)
     )
     scale = None if layer.scale is None else read_tensor(source.refs[layer.scale]).reshape(-1)
     return LayerOperator(Rotation(tuple(factors)), scale)
+
+
+def expected_residual(source: SourcedAdapter, layer: AdapterLayer) -> float:
+    """Return the residual ||R^T R - I||_2 that a layer's blocks have by design: 0 for exact transforms.
+
+    Raises:
+        InputError: If the trained values give no rotation.
+        AccessError: If the adapter's file cannot be read.
+    """
+    if layer.is_orthogonal:
+        return 0.0
+    generators = _generators(layer, read_tensor(source.refs[layer.blocks]))
+    if not torch.isfinite(generators).all():
+        raise _no_rotation(source, layer)
+    return neumann.expected_residual(generators, layer.series)
+
+
+def _generators(layer: AdapterLayer, trained: Tensor) -> Tensor:
+    """Return the skew-symmetric generators S of a layer's blocks, shape (m, D, b, b); one block where it is shared."""
+    size = layer.block_size
+    matrices = _MATRIX[layer.storage](trained, size).reshape(layer.num_factors, -1, size, size)
+    if layer.max_norm is not None:
+        matrices = shrink(matrices, layer.max_norm)
+    # Blocks of -S are the transposed blocks of S.
+    return skew(-matrices if layer.transposed else matrices)
 
 
 def _no_rotation(source: SourcedAdapter, layer: AdapterLayer) -> InputError:
@@ -109,7 +162,7 @@ def inspect_values(source: SourcedAdapter) -> tuple[list[Notice], list[str]]:
         if scale is not None and (scale == 0).any():
             message = f"{int((scale == 0).sum())} output scales are 0: these outputs vanish, which can't be undone"
             notices.append(Notice(Level.WARNING, "zero-scale", layer.module, message))
-        if not skew(blocks).any() and (scale is None or (scale == 1).all()):
+        if not _generators(layer, blocks).any() and (scale is None or (scale == 1).all()):
             untrained.append(layer.module)
     if untrained:
         count = f"{len(untrained)} of {len(source.adapter.layers)} layers"
@@ -130,14 +183,18 @@ class LayerCache:
         course: The path, and how far each output goes.
         dtype: The dtype to compute in.
         limit: Bytes that those kept may take, as ``rotation_bytes`` counts them.
+        inverse: Give the operators that undo.
     """
 
-    def __init__(self, plan: FoldPlan, course: Course, dtype: torch.dtype, limit: int) -> None:
+    def __init__(
+        self, plan: FoldPlan, course: Course, dtype: torch.dtype, limit: int, *, inverse: bool = False
+    ) -> None:
         self._plan = plan
         self._path = course.path
         self._alphas = course.alphas_of_layers(plan)
         self._dtype = dtype
         self._limit = limit
+        self._inverse = inverse
         self._kept = 0
         self._entries: OrderedDict[tuple[int, str, torch.device], tuple[Future[Operators], int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -172,9 +229,11 @@ class LayerCache:
         for alpha in self._alphas[step.adapter, step.layer.module]:
             try:
                 there = built.at(alpha, self._path)
+                residual = there.rotation.residual()
+                there = there.inverse() if self._inverse else there
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # as above
                 raise _no_rotation(source, step.layer) from error
-            self.residuals[step.adapter, step.layer.module, alpha] = there.rotation.residual()
+            self.residuals[step.adapter, step.layer.module, alpha] = residual
             scale = None if there.scale is None else there.scale.to(device, self._dtype)
             operators[alpha] = replace(
                 there, rotation=there.rotation.fused(smallest).to(device, self._dtype), scale=scale
