@@ -315,7 +315,7 @@ def test_an_effect_lost_in_rounding_is_a_failed_check(desk: Desk) -> None:
     assert error.hint is not None
 
 
-@pytest.mark.parametrize("kind", ["LORA", "OFT", "LOHA"])
+@pytest.mark.parametrize("kind", ["LORA", "HRA", "LOHA"])
 def test_another_method_is_refused_with_what_is_supported(desk: Desk, kind: str) -> None:
     desk.base(model())
     desk.adapter({f"{PRE}{Q}.lora_A.weight": rand(4, IN)}, {"peft_type": kind})

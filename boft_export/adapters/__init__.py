@@ -19,9 +19,10 @@ from boft_export.adapters.adapter import (
     View,
 )
 from boft_export.adapters.peft_boft import PeftBoft
+from boft_export.adapters.peft_oft import PeftOft
 from boft_export.errors import InputError
 
-READERS: tuple[Reader, ...] = (PeftBoft(),)
+READERS: tuple[Reader, ...] = (PeftBoft(), PeftOft())
 
 
 def read_adapter(

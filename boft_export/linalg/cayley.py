@@ -28,7 +28,7 @@ def shrink(a: Tensor, norm: float) -> Tensor:
     """Return ``a``, shape (..., b, b), with those matrices scaled down to Frobenius norm ``norm`` that are beyond it.
 
     The constraint of COFT. Source: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (NeurIPS
-    2023), section 3.3; PEFT's ``_project_batch``.
+    2023); PEFT's ``_project_batch``.
     """
     own = torch.linalg.matrix_norm(a, keepdim=True)
     return torch.where(own <= norm, a, norm * (a / own))

@@ -12,8 +12,8 @@ def polynomial(s: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return p(S) = c_0 I + c_1 S + c_2 S^2 + ... for matrices ``s``, shape (..., b, b), by Horner's rule.
 
     With 1, 2, 2, ... it is the Neumann series of (I + S)(I - S)^-1, cut off. That is the transpose of ``cayley(s)``.
-    Source: Qiu et al., "Orthogonal Finetuning Made Scalable" (EMNLP 2025), section on the Cayley-Neumann
-    parametrisation; PEFT's ``OFTRotationModule._cayley_batch``.
+    Source: Qiu et al., "Orthogonal Finetuning Made Scalable" (arXiv 2506.19847), the Cayley-Neumann parametrisation;
+    PEFT's ``OFTRotationModule._cayley_batch``.
 
     Args:
         s: The matrices.

@@ -200,8 +200,18 @@ class _Planner(Draft):
 
     def _fused_place(self, layer: AdapterLayer, tensor: TensorRef, parts: tuple[str, ...], part: int) -> _Place | None:
         """Find the rows of one part in a fused weight: the first may differ in size, the others share one."""
-        own, total = layer.num_outputs or 0, tensor.shape[0]
-        others = len(parts) - 1
+        total, others = tensor.shape[0], len(parts) - 1
+        own = layer.num_outputs if layer.num_outputs is not None else self._rows_of_part(total, others, part)
+        if own is None:
+            self.note(
+                Level.ERROR,
+                "layer-shape",
+                layer.module,
+                f"is fused with {others} others into {tensor.name}, and neither the adapter nor the base's config "
+                "tells which of its rows are its own",
+                "Put the base's config.json beside its weights.",
+            )
+            return None
         first = own if part == 0 else total - others * own
         rest = (total - first) // others if others else 0
         start = 0 if part == 0 else first + (part - 1) * rest
@@ -231,6 +241,17 @@ class _Planner(Draft):
         )
         return _Place(tensor.name, (start, start + own))
 
+    def _rows_of_part(self, total: int, others: int, part: int) -> int | None:
+        """Return the rows of one part in a fused weight by the base's config: two are halves, three go by heads."""
+        if others == 1:
+            return total // 2
+        config = self.base.config.get("text_config") or self.base.config
+        heads = config.get("num_attention_heads")
+        pairs = config.get("num_key_value_heads") or heads
+        if not isinstance(heads, int) or not isinstance(pairs, int) or total % (heads + others * pairs or 1):
+            return None
+        return total // (heads + others * pairs) * (pairs if part else heads)
+
     def _fits(self, layer: AdapterLayer, tensor: TensorRef, rows: int) -> bool:
         """Check a layer against the tensor it is to rotate; note what doesn't fit."""
 
@@ -253,16 +274,24 @@ class _Planner(Draft):
             )
         if len(shape) not in layer.views:
             return problem("layer-shape", f"{tensor.name} has {len(shape)} dimensions {shape}: expected 2 or 4")
+        if layer.pointwise is not None and len(shape) == 4 and shape[2:] != [1, 1]:
+            return problem(
+                "conv-kernel",
+                f"{tensor.name} is a {shape[2]}x{shape[3]} convolution: {layer.pointwise}",
+                "Leave convolutions out of the adapter, or train them with BOFT.",
+            )
         width = math.prod(shape[1:])
-        if layer.num_features != width:
+        features = layer.over(width).num_features
+        if features != width:
             why = ""
-            if len(shape) == 2 and layer.num_features == shape[0]:
-                why = "; it looks transposed, as GPT-2's Conv1D stores it, which PEFT's BOFT does not adapt"
+            if len(shape) == 2 and features == shape[0]:
+                why = "; it looks transposed, as GPT-2's Conv1D stores it, which PEFT's BOFT and OFT don't adapt"
             if len(shape) == 4:
-                why = "; grouped and non-square convolutions are not defined for BOFT"
+                why = "; grouped and non-square convolutions are not defined for BOFT and OFT"
+            what = f"a block of {layer.block_size} again and again" if layer.shared else f"{features} features"
             return problem(
                 "layer-shape",
-                f"rotates {layer.num_features} features, {tensor.name} has {width} (shape {shape}){why}",
+                f"rotates {what}, {tensor.name} has {width} (shape {shape}){why}",
                 "Is this the base the adapter was trained on?",
             )
         if layer.num_outputs is not None and layer.num_outputs != rows:
@@ -284,7 +313,7 @@ class _Planner(Draft):
         view = layer.views[len(slot.source.shape)]
         start, stop = place.rows
         width = math.prod(slot.source.shape[1:])
-        slot.steps.append((start, stop, Step(position, layer, view, start * width)))
+        slot.steps.append((start, stop, Step(position, layer.over(width), view, start * width)))
 
     # Replacing
 
@@ -406,7 +435,7 @@ class _Planner(Draft):
             Level.ERROR,
             "unused-key",
             item.key,
-            "is no part of a BOFT layer and the base has no such tensor"
+            "is no part of a layer that is rotated and the base has no such tensor"
             + (f"; near matches: {', '.join(near)}" if near else ""),
             "Is this the base the adapter was trained on?",
         )

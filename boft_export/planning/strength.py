@@ -82,7 +82,8 @@ class Interpolation:
         """Return what is to be written for a plan.
 
         Raises:
-            UsageError: If the numbers of alphas and adapters differ, or an alpha occurs twice.
+            UsageError: If the numbers of alphas and adapters differ, or an alpha occurs twice, or the path has no
+                such point for what the adapters hold.
             InputError: If a pattern of the map matches no tensor that the adapters change, or takes tied tensors apart.
         """
         count = len(plan.adapters)
@@ -98,7 +99,9 @@ class Interpolation:
         if len(set(labels)) < len(labels):
             twice = next(label for label in labels if labels.count(label) > 1)
             raise UsageError(f"alpha {twice} is given more than once.")
-        return Course(self.path, tuple(Variant(f"alpha-{s.label}" if self.sweep else "", s) for s in found))
+        course = Course(self.path, tuple(Variant(f"alpha-{s.label}" if self.sweep else "", s) for s in found))
+        _check_path(course, plan)
+        return course
 
     def _own(self, plan: FoldPlan) -> dict[str, tuple[float, ...]]:
         changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT)]
@@ -181,6 +184,22 @@ class Course:
                 alphas = (v.strength.of(tensor.name)[step.adapter] for v in self.variants)
                 found.setdefault((step.adapter, step.layer.module), {}).update(dict.fromkeys(a for a in alphas if a))
         return {k: tuple(v) for k, v in found.items()}
+
+
+def _check_path(course: Course, plan: FoldPlan) -> None:
+    """Refuse to bend what is no rotation: only the linear path goes there."""
+    if course.path is InterpolationPath.LINEAR:
+        return
+    alphas = course.alphas_of_layers(plan)
+    for step in (s for t in plan.tensors for s in t.steps if not s.layer.is_orthogonal):
+        bent = [a for a in alphas[step.adapter, step.layer.module] if a != 1]
+        if bent:
+            raise UsageError(
+                f"{step.layer.module} in {plan.adapters[step.adapter].name} is rotated by a series that is only nearly "
+                f"orthogonal, and the path {course.path} goes along rotations: there is no alpha "
+                f"{number_text(bent[0])} on it.",
+                hint="Take --path linear, or alpha 0 or 1.",
+            )
 
 
 def interpolation(
