@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from boft_export.plots.module_names import KIND_COLOURS
-from boft_export.plots.panel import INK, LINE, MUTED, PAPER
+from boft_export.plots.panel import BAD, DOUBTFUL, GOOD, INK, LINE, MUTED, PAPER
 
 # What stands on a page for a plot's colours.
 COLOURS = {
@@ -13,6 +13,9 @@ COLOURS = {
     MUTED: "var(--muted)",
     LINE: "var(--line)",
     PAPER: "var(--card)",
+    GOOD: "var(--good)",
+    DOUBTFUL: "var(--doubtful)",
+    BAD: "var(--bad)",
     **{colour: f"var(--k{i})" for i, colour in enumerate(KIND_COLOURS)},
 }
 _DARK_KINDS = ("#6fb1ff", "#f79a45", "#56cc8d", "#f7808c", "#b59cff", "#4cc6dd", "#d8b44c", "#ec8ad6", "#98a1ad")
@@ -65,4 +68,35 @@ summary{{padding:10px 14px;cursor:pointer}}
 details[open]>summary{{border-bottom:1px solid var(--line)}}
 @media(max-width:560px){{main{{padding:18px 12px 40px}}h1{{font-size:1.3rem}}figure{{padding:12px 10px 10px}}
 th,td{{padding:6px 9px}}th.module{{min-width:9.5rem}}}}
+"""
+
+# What a page of outcomes adds.
+OUTCOME_CSS = f"""
+:root{{--good:{GOOD};--doubtful:{DOUBTFUL};--bad:{BAD}}}
+@media(prefers-color-scheme:dark){{:root{{--good:#55cf8e;--doubtful:#e2b33d;--bad:#ff8088}}}}
+.good{{--tone:var(--good)}}.doubtful{{--tone:var(--doubtful)}}.bad{{--tone:var(--bad)}}.none{{--tone:var(--muted)}}
+.outcome{{display:flex;align-items:center;gap:14px;max-width:none;margin:18px 0 14px;padding:14px 18px;font-size:1.2rem;
+font-weight:650;line-height:1.3;border-left:6px solid var(--tone)}}
+.mark{{flex:none;display:inline-grid;place-items:center;width:1.7em;height:1.7em;border-radius:50%;
+background:var(--tone);color:var(--card);font-weight:700;line-height:1}}
+.tiles{{display:grid;grid-template-columns:repeat(4,1fr);gap:12px;margin:0 0 16px;padding:0;list-style:none}}
+.tiles li{{padding:10px 14px;color:var(--muted);font-size:.875rem;line-height:1.3;border-top:3px solid var(--tone)}}
+.tiles b{{display:block;color:var(--ink);font-size:1.5rem;font-variant-numeric:tabular-nums;line-height:1.2}}
+.finding{{margin:0 0 14px;padding:14px 18px;border-left:6px solid var(--tone)}}
+.finding h3{{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 10px}}
+.finding h3 small{{color:var(--muted);font-weight:400}}
+.hint{{max-width:none;white-space:pre-line;margin:0 0 8px}}
+.finding ul{{margin:0;padding:0;list-style:none}}
+.finding li{{padding:7px 0;border-top:1px solid var(--line);line-height:1.4}}
+.finding li b{{font-weight:600}}.finding li span{{display:block;white-space:pre-line}}
+.finding li small{{display:block;color:var(--muted);font-variant-numeric:tabular-nums}}
+.finding details>summary{{padding:8px 0;border-top:1px solid var(--line)}}
+td.bad,td.doubtful{{color:var(--tone);font-weight:600}}
+tr>.text{{text-align:left;white-space:normal;min-width:9rem;overflow-wrap:anywhere;line-height:1.3}}
+tbody th.text{{min-width:0;overflow-wrap:break-word}}
+thead.checks th:nth-last-child(4),thead.checks th:last-child{{text-align:left}}
+.narrow{{max-width:34rem}}
+.kinds .cross{{width:auto;height:auto;color:var(--bad);line-height:1}}
+@media(max-width:560px){{.tiles{{grid-template-columns:repeat(2,1fr);gap:8px}}.outcome{{padding:12px;font-size:1.05rem}}
+.finding{{padding:12px}}}}
 """

@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 
 INK, MUTED, LINE, PAPER = "#1d232b", "#5c6673", "#dfe3e8", "#ffffff"
+GOOD, DOUBTFUL, BAD = "#1a7f4b", "#8a6100", "#c4283a"
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STYLE: Any = {

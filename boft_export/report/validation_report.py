@@ -13,6 +13,8 @@ from boft_export.version import __version__
 
 SCHEMA_VERSION = 1
 
+_WORDS = {Outcome.PASS: "valid", Outcome.FAIL: "not valid", Outcome.INCONCLUSIVE: "inconclusive"}
+
 
 def validation_document(validation: Validation, seconds: float) -> dict[str, Any]:
     """Return a validation as a JSON object, as ``schemas/validate.schema.json`` describes it.
@@ -26,6 +28,7 @@ def validation_document(validation: Validation, seconds: float) -> dict[str, Any
         "base": validation.base,
         "merged": validation.merged,
         "outcome": validation.outcome,
+        "headline": _headline(validation),
         "fail_on": sorted(validation.fail_on),
         "counts": _counts(validation.checks),
         "summary": _summary(validation),
@@ -62,6 +65,24 @@ def _ending(check: Check) -> str:
 def _counts(checks: Sequence[Check]) -> dict[str, int]:
     counts = Counter(map(_ending, checks))
     return {key: counts[key] for key in ("pass", "fail", "warning", "inconclusive")}
+
+
+def _headline(validation: Validation) -> str:
+    """Return the outcome in a line."""
+    total = len(validation.checks)
+    counts = _counts(validation.checks)
+    failed = sum(c.outcome is Outcome.FAIL for c in validation.failures)
+    warnings = counts["fail"] + counts["warning"] - failed
+    told = []
+    if failed:
+        told.append(f"{failed} of {total} checks failed")
+    if undecided := counts["inconclusive"]:
+        told.append(f"{undecided} could not be told" if told else f"{undecided} of {total} checks could not be told")
+    if not told:
+        told.append(f"{counts['pass']} check{'s' * (counts['pass'] != 1)} passed" if total else "nothing was checked")
+    if warnings:
+        told.append(f"{warnings} warning{'s' * (warnings != 1)}")
+    return f"{_WORDS[validation.outcome]}: {', '.join(told)}"
 
 
 def _summary(validation: Validation) -> list[dict[str, Any]]:
