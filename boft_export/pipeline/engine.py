@@ -17,32 +17,45 @@ import torch
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.tensors import FileBytes
 from boft_export.errors import InputError
+from boft_export.linalg.bits import as_integers
+from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
-from boft_export.pipeline.fold import Measure, fold
+from boft_export.pipeline.fold import Measure, fold, way_back
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.memory import TILE_ELEMENTS, ByteBudget, MemoryPlan, chunk_bytes
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
-from boft_export.planning import Action, FoldPlan, Segment, TensorPlan
+from boft_export.planning import Action, FoldPlan, Segment, Step, TensorPlan
 from boft_export.planning.strength import Course, Variant
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a plan is run; none of it changes the output's bytes but ``compute`` and, for float32 output, the device.
+    """How a plan is run.
+
+    Of ``devices``, ``jobs`` and ``memory`` only the device can change the output's bytes, and those of float32 only.
 
     Attributes:
         devices: Where to fold.
         compute: The dtype to fold in.
         jobs: Threads that fold.
         memory: How memory is divided.
+        inverse: Undo the adapters, which the plan has in reverse order.
+        way_back: Undo each fold again, and count the elements that this gives back.
     """
 
     devices: tuple[torch.device, ...]
     compute: torch.dtype
     jobs: int
     memory: MemoryPlan
+    inverse: bool = False
+    way_back: bool = False
+
+    def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:
+        """Return the operators to fold with, or those that undo the fold."""
+        limit = self.memory.rotations * len(self.devices)
+        return LayerCache(plan, course, self.compute, limit, inverse=self.inverse != back)
 
 
 @dataclass(frozen=True)
@@ -123,13 +136,14 @@ def run_plan(
         ResourceError: If the disk is full.
     """
     keep_tiles_free_chunks()
-    layers = LayerCache(plan, course, engine.compute, engine.memory.rotations * len(engine.devices))
+    layers = engine.operators(plan, course)
+    back = engine.operators(plan, course, back=True) if engine.way_back else None
     hashes = InputHashes(plan.input_files())
     variants = course.variants
     todo = [s for s in plan.shards if any(v.path(s.name) not in staging.done for v in variants)]
     total = sum(s.nbytes for s in plan.shards) * len(variants)
     done = total - sum(s.nbytes for s in todo) * len(variants)
-    stream = _Stream(todo, course, engine, layers, hashes)
+    stream = _Stream(todo, course, engine, layers, hashes, back)
     try:
         for shard in todo:
             with contextlib.ExitStack() as opened:
@@ -178,7 +192,7 @@ def replay_plan(plan: FoldPlan, course: Course, engine: Engine) -> Iterator[Repl
         AccessError: If a file can't be read.
     """
     keep_tiles_free_chunks()
-    layers = LayerCache(plan, course, engine.compute, engine.memory.rotations * len(engine.devices))
+    layers = engine.operators(plan, course)
     hashes = InputHashes(plan.input_files())
     stream = _Stream(plan.shards, course, engine, layers, hashes)
 
@@ -246,11 +260,13 @@ class _Stream:
         engine: Engine,
         layers: LayerCache,
         hashes: InputHashes,
+        back: LayerCache | None = None,
     ) -> None:
         self._variants = course.variants
         self._engine = engine
         self._layers = layers
         self._hashes = hashes
+        self._back = back
         self._budget = ByteBudget(engine.memory.in_flight)
         self._ready: queue.SimpleQueue[Future[_Done]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(engine.jobs, "fold", initializer=torch.set_num_threads, initargs=(1,))
@@ -354,7 +370,27 @@ class _Stream:
         unsound = sum(int((~torch.isfinite(x)).sum()) for x in brought)
         measures = [replace(m, unsound=0) for m in measures]
         measures[0] = replace(measures[0], unsound=unsound)
+        if self._back is not None and len(mixture) == 1:
+            measures[0] = replace(measures[0], returned=self._returned(out, elements[first], steps, chunk, device))
         return as_bytes(out), measures
+
+    def _returned(
+        self,
+        out: torch.Tensor,
+        source: torch.Tensor,
+        steps: Sequence[tuple[Step, float]],
+        chunk: _Chunk,
+        device: torch.device,
+    ) -> int:
+        """Return how many of the source's elements are given back, bit for bit, when the fold is undone."""
+        layers = self._back
+        undo = [(s, layers.get(s, alpha, device)) for s, alpha in reversed(steps)] if layers is not None else []
+        tile = chunk.segment.tile(TILE_ELEMENTS[device.type])
+        same = 0
+        for offset, values in way_back(out, undo, chunk.start, compute=self._engine.compute, device=device, tile=tile):
+            given = round_once(values, source.dtype).cpu()
+            same += int((as_integers(given) == as_integers(source[offset : offset + tile])).sum())
+        return same
 
 
 def _width(tensor: TensorPlan, origin: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ class Measure:
         rounding: Sum of squares of rounded minus exact result.
         damaged: How many are not finite though the source's are.
         unsound: How many of the source's are not finite.
+        returned: How many the way back gives again, bit for bit; None where it was not gone.
     """
 
     elements: int = 0
@@ -36,6 +37,7 @@ class Measure:
     rounding: float = 0.0
     damaged: int = 0
     unsound: int = 0
+    returned: int | None = None
 
     def __add__(self, other: Measure) -> Measure:
         """Return the measure of both runs together."""
@@ -47,6 +49,7 @@ class Measure:
             self.rounding + other.rounding,
             self.damaged + other.damaged,
             self.unsound + other.unsound,
+            other.returned if self.returned is None else self.returned + (other.returned or 0),
         )
 
     @property
@@ -120,6 +123,30 @@ def unrounded(
     for step, operator in steps:
         y = _apply(step, operator, y, start)
     return x, y
+
+
+def way_back(
+    result: Tensor,
+    steps: Sequence[tuple[Step, LayerOperator]],
+    start: int,
+    *,
+    compute: torch.dtype,
+    device: torch.device,
+    tile: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Undo a fold: yield the offset of each tile in its ``result`` and what was folded, flat, in ``compute``.
+
+    Args:
+        result: What ``fold`` returned.
+        steps: The fold's steps in reverse order, each with the operator that undoes it.
+        start: As for the fold.
+        compute: The dtype to compute in.
+        device: Where to compute.
+        tile: As for the fold.
+    """
+    for offset in range(0, result.numel(), tile):
+        run = [(result[offset : offset + tile], 1.0)]
+        yield offset, unrounded(run, steps, start + offset, compute=compute, device=device)[1]
 
 
 def _mix(mixture: Sequence[tuple[Tensor, float]], device: torch.device, compute: torch.dtype) -> Tensor:

@@ -62,6 +62,8 @@ def tensor_record(result: TensorResult, strength: Strength) -> dict[str, Any]:
         record["changed_elements"] = result.measure.changed
         record["relative_change"] = result.measure.relative_change
         record["rounding_loss"] = result.measure.rounding_loss
+        if result.measure.returned is not None:
+            record["returned_elements"] = result.measure.returned
     if plan.steps:
         record["orthogonality_residual"] = result.residual
         record["steps"] = [_step(s, alphas[s.adapter]) for s in plan.steps]

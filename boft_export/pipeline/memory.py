@@ -24,6 +24,8 @@ DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
 _TILES_ALIVE = 6
+# And while the way back is gone, and what it misses is told.
+_TILES_ALIVE_BACK = 8
 # What the allocator keeps of the pieces of each further output, with its file's buffer and its digest.
 _OUTPUT_BYTES = 320 << 10
 # Real matrices' worth of memory that finding eigenvectors and taking a power of them needs at once.
@@ -54,7 +56,9 @@ class MemoryPlan:
         return max(1, min(self.chunk // (tile * width), self.share // chunk_bytes(tensor, segment, tile, outputs)))
 
 
-def plan_memory(plan: FoldPlan, course: Course, limit: int | None, jobs: int, device: str = "cpu") -> MemoryPlan:
+def plan_memory(
+    plan: FoldPlan, course: Course, limit: int | None, jobs: int, device: str = "cpu", *, way_back: bool = False
+) -> MemoryPlan:
     """Divide memory for a run.
 
     Args:
@@ -63,21 +67,24 @@ def plan_memory(plan: FoldPlan, course: Course, limit: int | None, jobs: int, de
         limit: Bytes the whole process may take; None for what runs well.
         jobs: Threads that fold.
         device: ``cpu`` or ``cuda``; on a GPU the tiles are in its own memory.
+        way_back: Each fold is undone too, and what that misses may be written.
 
     Raises:
         ResourceError: If ``limit`` is too small even for the smallest steps.
     """
     folded = [(t, s) for t in plan.tensors if t.action is not Action.COPY for s in t.segments]
     tile = max((s.tile(TILE_ELEMENTS[device]) for _, s in folded), default=0)
-    scratch = jobs * tile * 8 * _TILES_ALIVE if device == "cpu" else 0
+    alive = _TILES_ALIVE + (_TILES_ALIVE_BACK if way_back else 0)
+    scratch = jobs * tile * 8 * alive if device == "cpu" else 0
     alphas = course.alphas_of_layers(plan)
 
     def kept(tensor: TensorPlan) -> int:
         return sum(rotation_bytes(s, course.path, alphas[s.adapter, s.layer.module]) for s in tensor.steps)
 
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
-    outputs = len(course.variants)
-    fixed = RUNTIME_BYTES + scratch + rotations + (outputs - 1) * _OUTPUT_BYTES
+    # What is missed takes no more than an output that is written whole.
+    outputs = len(course.variants) + way_back
+    fixed = RUNTIME_BYTES + scratch + rotations * (1 + way_back) + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     if outputs > 1:
         # Of many outputs the pieces are small, and the allocator keeps a chunk's worth of them.

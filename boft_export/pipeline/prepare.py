@@ -92,22 +92,52 @@ def prepare(
         AccessError: If the Hub or the file system fails.
         ResourceError: If memory does not suffice.
     """
-    target = Path(output)
-    check_output(target, overwrite=options.overwrite)
-    jobs = options.jobs if options.jobs is not None else default_jobs()
-    if jobs < 1:
-        raise UsageError(f"{jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
-    limit = parse_size(options.max_memory) if options.max_memory is not None else None
+    check_options(output, options)
     plan = plan_merge(
         base, adapters, dtype=options.dtype, max_shard_size=options.max_shard_size, sources=options.sources
     )
-    _keep_off_inputs(target, plan, _shared(base, adapters))
+    keep_off_inputs(Path(output), plan, base, adapters)
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
     course = interpolation.course(plan)
     plan = replace(plan, notices=(*interpolation.notices(plan), *plan.notices))
+    return fit_memory(plan, course, output, options, device_type)
+
+
+def check_options(output: Ref, options: RunOptions) -> None:
+    """Check what can be checked without the inputs.
+
+    Raises:
+        UsageError: If an option can't be understood, or ``output`` may not be written.
+    """
+    check_output(Path(output), overwrite=options.overwrite)
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError(f"{options.jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+
+
+def fit_memory(
+    plan: FoldPlan, course: Course, output: Ref, options: RunOptions, device_type: str, *, way_back: bool = False
+) -> Prepared:
+    """Return a run that can begin, on as many threads as memory has room for.
+
+    Args:
+        plan: What will be done.
+        course: How far each output goes.
+        output: The folder to write.
+        options: How it is done.
+        device_type: ``cpu`` or ``cuda``.
+        way_back: Each fold is undone too.
+
+    Raises:
+        ResourceError: If memory does not suffice.
+    """
+    jobs = options.jobs if options.jobs is not None else default_jobs()
+    limit = parse_size(options.max_memory) if options.max_memory is not None else None
     while True:
         try:
-            return Prepared(plan, course, target, plan_memory(plan, course, limit, jobs, device_type), jobs)
+            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back)
+            return Prepared(plan, course, Path(output), memory, jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.
             if options.jobs is not None or jobs == 1:
@@ -131,7 +161,7 @@ def check_further_file(
         UsageError: If it may not be written.
         AccessError: If its folder can't be made or written to.
     """
-    _keep_off_inputs(file, ready.plan, _shared(base, adapters))
+    keep_off_inputs(file, ready.plan, base, adapters)
     place = file.resolve()
     if place in {p.resolve() for p in (*ready.plan.input_files().values(), *others)}:
         raise UsageError(f"{file} is an input, and inputs are never written to.", hint="Choose another file.")
@@ -142,22 +172,21 @@ def check_further_file(
         raise AccessError(f"{file} can't be written: {folder} is no folder that this user may write to.")
 
 
-def _shared(base: Ref | None, adapters: Ref | Sequence[Ref]) -> set[Path]:
-    """Return the folders of inputs that were given as one file."""
-    return {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()}
-
-
 def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:
     """Return all references in one list."""
     several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     return several if base is None else [base, *several]
 
 
-def _keep_off_inputs(output: Path, plan: FoldPlan, shared: set[Path]) -> None:
+def keep_off_inputs(output: Path, plan: FoldPlan, base: Ref | None, adapters: Ref | Sequence[Ref]) -> None:
     """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to.
 
-    A folder in ``shared`` holds an input that was given as one file: only the file is the input, so beside it is free.
+    Of an input that was given as one file only the file is the input, so beside it is free.
+
+    Raises:
+        UsageError: If it is.
     """
+    shared = {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()}
     target = output.resolve()
     for name, folder in (("base", plan.base.root), *(("adapter", a.root) for a in plan.adapters)):
         root = folder.resolve()

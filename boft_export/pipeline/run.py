@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,47 @@ from boft_export.errors import (
     UsageError,
     raise_for_errors,
 )
-from boft_export.pipeline.engine import Engine, OutputResult, run_plan
+from boft_export.pipeline.engine import Engine, OutputResult, RunResult, run_plan
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
-from boft_export.pipeline.prepare import prepare
+from boft_export.pipeline.prepare import Prepared, prepare
 from boft_export.pipeline.recorded import MANIFEST_NAME
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.inputs import Ref
 from boft_export.planning.sizes import parse_size
-from boft_export.planning.strength import Course, Interpolation
+from boft_export.planning.strength import Course, Interpolation, Strength
 from boft_export.version import __version__
 
 COMPUTE_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What sets one kind of run apart from the others.
+
+    Attributes:
+        name: The command, for the manifest.
+        inverse: The adapters are undone.
+        way_back: Each fold is undone again.
+        record: What one output's manifest says was asked for.
+        judge: Looks at an output before it is published, given the layers that are untrained, each by its adapter's
+            number and its module: returns what to note, or fails.
+        told: What the manifest says besides.
+        card: The model card, from the plan, its metadata, and what was asked for.
+        settings: What else decides the output's bytes.
+    """
+
+    name: str
+    record: Callable[[Strength], dict[str, Any]]
+    judge: Callable[[RunResult, OutputResult, Collection[tuple[int, str]]], list[Notice]]
+    card: Callable[[FoldPlan, str, Mapping[str, Any]], str] = model_card
+    told: Callable[[RunResult, OutputResult], dict[str, Any]] = lambda *_: {}
+    inverse: bool = False
+    way_back: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,13 +111,42 @@ def run(
         AccessError: If the Hub or the file system fails.
         ResourceError: If memory or disk does not suffice.
     """
+    devices = devices_for(options)
+    ready = prepare(base, adapters, output, interpolation, options, devices[0].type)
+    asked = (lambda _: {}) if command == "merge" else interpolation.record
+    return carry_out(Verb(command, asked, _check_effect), ready, options, devices)
+
+
+def devices_for(options: RunOptions) -> tuple[torch.device, ...]:
+    """Return the devices to compute on.
+
+    Raises:
+        UsageError: If there is no such device here, or it can't be computed so.
+    """
     if options.compute_dtype not in COMPUTE_DTYPES:
         raise UsageError(f"compute dtype {options.compute_dtype} is not one of {', '.join(COMPUTE_DTYPES)}.")
     try:
-        devices = resolve_devices(options.device)
+        return resolve_devices(options.device)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    ready = prepare(base, adapters, output, interpolation, options, devices[0].type)
+
+
+def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[torch.device, ...]) -> Finished:
+    """Do what was prepared, all or nothing.
+
+    Args:
+        verb: What kind of run it is.
+        ready: What to do.
+        options: How it is done.
+        devices: Where to compute.
+
+    Raises:
+        CheckFailedError: If the verb's judgement is so.
+        UsageError: If ``output`` may not be written.
+        InputError: If inputs are damaged.
+        AccessError: If the file system fails.
+        ResourceError: If memory or disk does not suffice.
+    """
     plan, course, target = ready.plan, ready.course, ready.output
     values = [inspect_values(a) for a in plan.adapters]
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
@@ -104,6 +159,7 @@ def run(
         "device": devices[0].type,
         "max_shard_size": parse_size(options.max_shard_size) if options.max_shard_size is not None else None,
         "torch": torch.__version__,
+        **verb.settings,
     }
     fingerprint = _fingerprint(plan, course, settings)
     # A card that can't be made must not cost the work of a run.
@@ -111,18 +167,20 @@ def run(
     staging = Staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
     try:
         _check_disk(plan, course, staging)
-        engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
+        compute = COMPUTE_DTYPES[options.compute_dtype]
+        engine = Engine(devices, compute, ready.jobs, ready.memory, inverse=verb.inverse, way_back=verb.way_back)
         done = run_plan(plan, course, staging, engine, options.progress)
         _check_inputs(plan, course, fingerprint, settings)
         manifests = []
         lost: list[Notice] = []
         for written in done.outputs:
             strength = written.variant.strength
-            lost += (found := _check_effect(written, untrained))
+            lost += (found := verb.judge(done, written, untrained))
             told = replace(plan, notices=(*plan.notices, *found))
-            asked = {} if command == "merge" else interpolation.record(strength)
-            manifests.append(manifest(command, told, done, written, {**asked, **settings}))
-            text = model_card(told, card, asked)
+            asked = verb.record(strength)
+            made = manifest(verb.name, told, done, written, {**asked, **settings}) | verb.told(done, written)
+            manifests.append(made)
+            text = verb.card(told, card, asked)
             _write_side_files(plan, staging, written, dump(manifests[-1]), text)
         plan = replace(plan, notices=(*plan.notices, *lost))
         staging.publish()
@@ -137,7 +195,7 @@ def run(
     if staging.discarded:
         # Only said here: the output's bytes must not depend on what was before.
         message = "the finished files of an earlier run were discarded"
-        notice = Notice(Level.WARNING, "started-over", str(output), message, "Give --resume to take them over.")
+        notice = Notice(Level.WARNING, "started-over", str(target), message, "Give --resume to take them over.")
         plan = replace(plan, notices=(*plan.notices, notice))
     return Finished(target, plan, course, done.outputs, tuple(manifests), done.resumed)
 
@@ -166,7 +224,7 @@ def _check_disk(plan: FoldPlan, course: Course, staging: Staging) -> None:
         )
 
 
-def _check_effect(written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
+def _check_effect(_: RunResult, written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
     """Note trained layers that changed nothing, as their effect was lost in rounding; fail where a whole merge was.
 
     Args:
