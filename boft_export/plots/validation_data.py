@@ -24,7 +24,7 @@ class Part:
         name: Its name.
         kind: Its kind of module.
         facts: What was measured of it, as in the document.
-        failed: Whether a check of it failed, and not with a warning only.
+        failed: Whether a check of it fails the whole.
         limit: How far from orthogonal it may be; None where that was not judged.
     """
 
@@ -74,7 +74,7 @@ class Shown:
             document: From ``validation_document``.
         """
         clean = {key: _clean(value) for key, value in document.items()}
-        failed = {c["subject"] for c in clean["checks"] if c["fails"] or (c["outcome"], c["level"]) == ("fail", "error")}
+        failed = {c["subject"] for c in clean["checks"] if c["fails"] and c["outcome"] == "fail"}
         touched = [t for t in clean["tensors"] if t["action"] not in _UNTOUCHED or t["wrong"] or t["name"] in failed]
         # Layers and their weights are of one kind.
         names = [x["module"] for x in clean["layers"]] + [t["name"].removesuffix(".weight") for t in touched]
@@ -129,13 +129,14 @@ class Shown:
         Args:
             ending: ``fails``, ``warning`` or ``inconclusive``.
         """
-        chosen: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-        for check in self.document["checks"]:
-            if check["fails"]:
-                chosen["fails"].append(check)
-            elif check["outcome"] != "pass":
-                chosen["warning" if check["outcome"] == "fail" else "inconclusive"].append(check)
-        return alike(chosen[ending])
+        return alike(c for c in self.document["checks"] if how(c) == ending)
+
+
+def how(check: Mapping[str, Any]) -> str | None:
+    """Return whether a check ``fails`` the whole, is a ``warning`` or ``inconclusive``; None where it passed."""
+    if check["fails"]:
+        return "fails"
+    return {"pass": None, "fail": "warning", "inconclusive": "inconclusive"}[check["outcome"]]
 
 
 def alike(checks: Iterable[Mapping[str, Any]]) -> list[Finding]:

@@ -135,9 +135,8 @@ def _checks(shown: Shown) -> str:
         told = ("", "", "") if worst is None else (words(worst["figure"]), figure(worst["measured"]), _bound(worst))
         cells = f'<td class="text">{escape(told[0])}</td><td>{escape(told[1])}</td><td>{escape(told[2])}</td>'
         subject = "" if worst is None else _breaking(worst["subject"])
-        rows.append(
-            f'<tr><th scope="row" class="text">{escape(entry["check"])}</th>{counts}{cells}<td class="text">{subject}</td></tr>'
-        )
+        head = f'<th scope="row" class="text">{escape(entry["check"])}</th>'
+        rows.append(f'<tr>{head}{counts}{cells}<td class="text">{subject}</td></tr>')
     return table("Checks by name", ["check", *columns.values(), "worst figure", "", "limit", "of"], rows, "checks")
 
 
