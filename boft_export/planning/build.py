@@ -245,12 +245,14 @@ class _Planner(Draft):
         """Return the rows of one part in a fused weight by the base's config: two are halves, three go by heads."""
         if others == 1:
             return total // 2
-        config = self.base.config.get("text_config") or self.base.config
+        nested = self.base.config.get("text_config")
+        config = nested if isinstance(nested, dict) else self.base.config
         heads = config.get("num_attention_heads")
         pairs = config.get("num_key_value_heads") or heads
-        if not isinstance(heads, int) or not isinstance(pairs, int) or total % (heads + others * pairs or 1):
+        if not isinstance(heads, int) or not isinstance(pairs, int) or min(heads, pairs) < 1:
             return None
-        return total // (heads + others * pairs) * (pairs if part else heads)
+        size, left = divmod(total, heads + others * pairs)
+        return None if left else size * (pairs if part else heads)
 
     def _fits(self, layer: AdapterLayer, tensor: TensorRef, rows: int) -> bool:
         """Check a layer against the tensor it is to rotate; note what doesn't fit."""
