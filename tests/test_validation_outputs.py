@@ -280,15 +280,10 @@ def test_every_forbidden_character_is_replaced() -> None:
     JUnitXml.fromstring(junit_error(errors.InputError(nasty, hint=nasty), 1))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        errors.InputError("a\nb", hint="c", notices=[Notice(Level.ERROR, "x", "y", "z")]),
-        KeyboardInterrupt(),
-        OSError(1, "x"),
-    ],
-    ids=lambda e: type(e).__name__,
-)
+REFUSED = errors.InputError("a\nb", hint="c", notices=[Notice(Level.ERROR, "x", "y", "z")])
+
+
+@pytest.mark.parametrize("error", [REFUSED, KeyboardInterrupt(), OSError(1, "x")], ids=lambda e: type(e).__name__)
 def test_a_run_without_a_result_is_an_error(error: BaseException) -> None:
     whole = JUnitXml.fromstring(junit_error(error, 0.5))
     ((case,),) = whole
@@ -437,13 +432,10 @@ def test_summaries_stay_below_a_mebibyte(distinct: bool) -> None:
     assert "more" in text[-100:]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        errors.InputError(HOSTILE, hint=HOSTILE, notices=[Notice(Level.ERROR, "x", HOSTILE, HOSTILE)]),
-        KeyboardInterrupt(),
-    ],
-)
+NASTY = errors.InputError(HOSTILE, hint=HOSTILE, notices=[Notice(Level.ERROR, "x", HOSTILE, HOSTILE)])
+
+
+@pytest.mark.parametrize("error", [NASTY, KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 def test_a_run_without_a_result_has_a_summary(error: BaseException) -> None:
     text = error_summary(error, 1.5)
     found = rendered(text)

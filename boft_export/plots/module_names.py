@@ -13,7 +13,8 @@ KIND_COLOURS = ("#2a6fc9", "#d9700f", "#25915a", "#cf3f4f", "#7d5bd0", "#12899f"
 
 def printable(text: object) -> str:
     """Return a text without what has no place in a line of one: control characters, half characters, directions."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
+    told = str(text)
+    return told if told.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in told)
 
 
 def shortened(text: str, length: int) -> str:
