@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from boft_export.planning.tables import FUSED_ROWS, LEAF_RENAMES, PREFIX_RENAMES
+
+T = TypeVar("T")
 
 # Wrappers nest at most this deep: base_model.model.language_model. and the like.
 _MAX_PREFIX = 3
@@ -79,6 +82,21 @@ def spellings(name: str, rules: Iterable[Rule]) -> Iterator[str]:
         for new, old in LEAF_RENAMES:
             if image.endswith(new):
                 yield image.removesuffix(new) + old
+
+
+def matched_names(wanted: Sequence[str], tensors: Mapping[str, T]) -> tuple[dict[str, T], list[Rule]]:
+    """Return tensors by the names that are wanted, where they have others: programs save under other prefixes.
+
+    What has no counterpart keeps its name.
+    """
+    missing = [n for n in wanted if n not in tensors]
+    rules, _ = find_rules(missing, tensors, tensors.__contains__) if missing else ([], [])
+    found = dict(tensors)
+    for name in missing:
+        image = next((i for i in spellings(name, rules) if i in found and i not in wanted), None)
+        if image is not None:
+            found[name] = found.pop(image)
+    return found, rules
 
 
 def fused_parent(name: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
