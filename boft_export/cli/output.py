@@ -91,6 +91,11 @@ class Output:
                 if notice.hint and self.verbose:
                     self._err.print(f"  {notice.hint}", markup=False)
 
+    def commands(self, lines: Sequence[str]) -> None:
+        """Print lines for another program, such as GitHub's workflow commands, each as it is."""
+        for line in lines:
+            sys.stderr.write(line + "\n")
+
     def error(self, error: BoftExportError) -> None:
         """Print a failure: what was expected, what was found, one next step."""
         from boft_export.report.merge_report import error_document

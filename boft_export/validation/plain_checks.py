@@ -10,12 +10,15 @@ from boft_export.pipeline.memory import default_jobs
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.tensor_change import ChangeKind, TensorChange, measure_change, workers
 from boft_export.planning.names import matched_names
+from boft_export.planning.tables import TIED_HEADS
 from boft_export.validation.model import Check, Number, Outcome, TensorFacts
 from boft_export.validation.policy import Policy
 
 # What each kind of change means where only rotations and scales are expected: how the check ends, what it is called
 # where it fails, and what is said.
 _VERDICTS: dict[ChangeKind, tuple[Outcome, str | None, str]] = {
+    ChangeKind.IDENTICAL: (Outcome.FAIL, "stale-tie", "it is the embedding it is tied to, and stored once more"),
+    ChangeKind.CONVERTED: (Outcome.PASS, None, "it is the base's in another dtype"),
     ChangeKind.ROTATION: (Outcome.PASS, None, "it is the base's, rotated and scaled"),
     ChangeKind.ROTATION_OUTPUT: (Outcome.PASS, None, "it is the base's, rotated from the output's side"),
     ChangeKind.SCALE: (Outcome.FAIL, "rotation-dropped", "it is the base's, only scaled"),
@@ -24,7 +27,7 @@ _VERDICTS: dict[ChangeKind, tuple[Outcome, str | None, str]] = {
     ChangeKind.REPLACEMENT: (Outcome.FAIL, "no-rotation-of-base", "it is no rotation of the base's"),
     ChangeKind.UNKNOWN: (Outcome.INCONCLUSIVE, None, "it can't be told"),
 }
-_LOST = {"rotation-dropped": Level.WARNING}
+_LOST = {"rotation-dropped": Level.WARNING, "stale-tie": Level.WARNING}
 
 
 def check_without_adapter(
@@ -69,10 +72,15 @@ def check_without_adapter(
             facts.append(_facts(name, other, change))
             if change.kind not in (ChangeKind.IDENTICAL, ChangeKind.CONVERTED):
                 checks.append(_judge(name, other, change, policy))
-    for name in stored:
-        message = "the base has no such tensor"
-        outcome = Outcome.PASS if _may_change(name, policy) else Outcome.INCONCLUSIVE
-        checks.append(Check("layout", name, outcome, message))
+        for name, ref in stored.items():
+            partner = _tied_to(name, ref, base)
+            if partner is not None:
+                change = measure_change(partner, ref, pool=pool)
+                facts.append(_facts(name, ref, change))
+                checks.append(_judge(name, ref, change, policy))
+                continue
+            outcome = Outcome.PASS if _may_change(name, policy) else Outcome.INCONCLUSIVE
+            checks.append(Check("layout", name, outcome, "the base has no such tensor"))
     return [_applied(facts), *checks], facts
 
 
@@ -85,6 +93,16 @@ def _applied(facts: list[TensorFacts]) -> Check:
         return Check("applied", "", Outcome.PASS, message, measured=measured)
     message = f"all {len(facts)} tensors are the base's: nothing was merged"
     return Check("applied", "", Outcome.FAIL, message, finding="not-applied", measured=measured)
+
+
+def _tied_to(name: str, ref: TensorRef, base: Checkpoint) -> TensorRef | None:
+    """Return the base's embedding that an output head it has no tensor for was tied to."""
+    for embedding, head, _ in TIED_HEADS:
+        if head == name:
+            found = (t for n, t in base.tensors.items() if fnmatchcase(n, embedding) and t.shape == ref.shape)
+            if (partner := next(found, None)) is not None:
+                return partner
+    return None
 
 
 def _may_change(name: str, policy: Policy) -> bool:
