@@ -16,6 +16,7 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import read_folder, write_adapter, write_checkpoint
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import boft_export
 from boft_export.adapters import AdapterLayer
@@ -278,6 +279,7 @@ REFUSED = {
     "no bound": (TRIANGLE, V18 | {"coft": True, "eps": None}, "eps in its config is None"),
     "no terms": (TRIANGLE, V18 | {"num_cayley_neumann_terms": None}, "num_cayley_neumann_terms in its config is None"),
     "unknown release": (TRIANGLE, OLD, "names neither PEFT's release nor use_cayley_neumann"),
+    "no release": (TRIANGLE, V18 | {"peft_version": "main"}, "names neither PEFT's release nor"),
     "between releases": (TRIANGLE, V18 | {"peft_version": "0.17.2.dev0@1a2b3c"}, "between 0.17 and 0.18"),
     "BOFT's": (TRIANGLE | {"boft_R": torch.zeros(1, 3, 4, 4)}, V18, "another method's tensor"),
     "LoRA's": (TRIANGLE | {"lora_A.weight": torch.zeros(2, 12)}, V18, "another method's tensor"),
@@ -366,6 +368,28 @@ def test_a_base_weight_beneath_an_embedding_is_put_in_first(tmp_path: Path) -> N
     boft_export.merge(base, tmp_path / "adapter", tmp_path / "out")
     rotation = model.base_model.model.words.get_delta_weight("default").detach()
     assert (read_folder(tmp_path / "out")["words.weight"] - own @ rotation).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_side_of_a_tie(tmp_path: Path, target: str) -> None:
+    """PEFT trains the other side as it was; its own merge into the shared tensor would change both."""
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokens = torch.arange(10)[None]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = model(tokens).logits
+        adapted = get_peft_model(
+            model, OFTConfig(target_modules=[target, "q_proj"], oft_block_size=4, init_weights=False)
+        ).eval()
+        adapted.save_pretrained(tmp_path / "adapter")
+        boft_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        logits = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(tokens).logits
+        trained = adapted(tokens).logits
+    assert (logits - trained).abs().max() < 1e-6
+    assert (trained - before).abs().max() > 1e-2
 
 
 # Weights that are fused on disk: there are no output scales that would tell the parts' sizes

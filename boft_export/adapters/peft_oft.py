@@ -137,7 +137,7 @@ def _form(config: Mapping[str, Any], parts: set[str]) -> _Form | Notice:
 def _series(config: Mapping[str, Any]) -> tuple[float, ...] | str:
     """Return the coefficients of the series from S^0 on, none for exact transforms; or why they can't be told."""
     version = release(config)
-    if not version and "use_cayley_neumann" not in config:
+    if not version and (config.get("peft_version") or "use_cayley_neumann" not in config):
         return "its config names neither PEFT's release nor use_cayley_neumann, so what its blocks mean can't be told"
     if not config.get("use_cayley_neumann", True):
         return ()

@@ -19,10 +19,10 @@ def polynomial(s: Tensor, coefficients: Sequence[float]) -> Tensor:
         s: The matrices.
         coefficients: c_0, c_1, ...; at least one.
     """
-    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    result = (coefficients[-1] * eye).expand_as(s)
-    for coefficient in reversed(coefficients[:-1]):
-        result = s @ result + coefficient * eye
+    result = torch.zeros_like(s)
+    for coefficient in reversed(coefficients):
+        result = s @ result
+        result.diagonal(dim1=-2, dim2=-1).add_(coefficient)
     return result
 
 
