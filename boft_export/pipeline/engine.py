@@ -17,16 +17,15 @@ import torch
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.tensors import FileBytes
 from boft_export.errors import InputError
-from boft_export.linalg.bits import as_integers
-from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
-from boft_export.pipeline.fold import Measure, fold, way_back
+from boft_export.pipeline.fold import Measure, fold
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.memory import TILE_ELEMENTS, ByteBudget, MemoryPlan, chunk_bytes
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
-from boft_export.planning import Action, FoldPlan, Segment, Step, TensorPlan
+from boft_export.pipeline.way_back import WayBack
+from boft_export.planning import Action, FoldPlan, Segment, TensorPlan
 from boft_export.planning.strength import Course, Variant
 
 
@@ -138,12 +137,13 @@ def run_plan(
     keep_tiles_free_chunks()
     layers = engine.operators(plan, course)
     back = engine.operators(plan, course, back=True) if engine.way_back else None
+    way_back = WayBack(layers, back, engine.compute, correct=False) if back is not None else None
     hashes = InputHashes(plan.input_files())
     variants = course.variants
     todo = [s for s in plan.shards if any(v.path(s.name) not in staging.done for v in variants)]
     total = sum(s.nbytes for s in plan.shards) * len(variants)
     done = total - sum(s.nbytes for s in todo) * len(variants)
-    stream = _Stream(todo, course, engine, layers, hashes, back)
+    stream = _Stream(todo, course, engine, layers, hashes, way_back)
     try:
         for shard in todo:
             with contextlib.ExitStack() as opened:
@@ -260,7 +260,7 @@ class _Stream:
         engine: Engine,
         layers: LayerCache,
         hashes: InputHashes,
-        back: LayerCache | None = None,
+        back: WayBack | None = None,
     ) -> None:
         self._variants = course.variants
         self._engine = engine
@@ -371,26 +371,9 @@ class _Stream:
         measures = [replace(m, unsound=0) for m in measures]
         measures[0] = replace(measures[0], unsound=unsound)
         if self._back is not None and len(mixture) == 1:
-            measures[0] = replace(measures[0], returned=self._returned(out, elements[first], steps, chunk, device))
+            found, _ = self._back.go(out, elements[first], steps, chunk.segment, chunk.start, device)
+            measures[0] += found
         return as_bytes(out), measures
-
-    def _returned(
-        self,
-        out: torch.Tensor,
-        source: torch.Tensor,
-        steps: Sequence[tuple[Step, float]],
-        chunk: _Chunk,
-        device: torch.device,
-    ) -> int:
-        """Return how many of the source's elements are given back, bit for bit, when the fold is undone."""
-        layers = self._back
-        undo = [(s, layers.get(s, alpha, device)) for s, alpha in reversed(steps)] if layers is not None else []
-        tile = chunk.segment.tile(TILE_ELEMENTS[device.type])
-        same = 0
-        for offset, values in way_back(out, undo, chunk.start, compute=self._engine.compute, device=device, tile=tile):
-            given = round_once(values, source.dtype).cpu()
-            same += int((as_integers(given) == as_integers(source[offset : offset + tile])).sum())
-        return same
 
 
 def _width(tensor: TensorPlan, origin: int) -> int:

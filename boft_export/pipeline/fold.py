@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class Measure:
         damaged: How many are not finite though the source's are.
         unsound: How many of the source's are not finite.
         returned: How many the way back gives again, bit for bit; None where it was not gone.
+        tried: How many were tried whether they would survive the way there and back.
+        kept: How many of those did.
     """
 
     elements: int = 0
@@ -38,6 +40,8 @@ class Measure:
     damaged: int = 0
     unsound: int = 0
     returned: int | None = None
+    tried: int = 0
+    kept: int = 0
 
     def __add__(self, other: Measure) -> Measure:
         """Return the measure of both runs together."""
@@ -50,6 +54,8 @@ class Measure:
             self.damaged + other.damaged,
             self.unsound + other.unsound,
             other.returned if self.returned is None else self.returned + (other.returned or 0),
+            self.tried + other.tried,
+            self.kept + other.kept,
         )
 
     @property
@@ -123,30 +129,6 @@ def unrounded(
     for step, operator in steps:
         y = _apply(step, operator, y, start)
     return x, y
-
-
-def way_back(
-    result: Tensor,
-    steps: Sequence[tuple[Step, LayerOperator]],
-    start: int,
-    *,
-    compute: torch.dtype,
-    device: torch.device,
-    tile: int,
-) -> Iterator[tuple[int, Tensor]]:
-    """Undo a fold: yield the offset of each tile in its ``result`` and what was folded, flat, in ``compute``.
-
-    Args:
-        result: What ``fold`` returned.
-        steps: The fold's steps in reverse order, each with the operator that undoes it.
-        start: As for the fold.
-        compute: The dtype to compute in.
-        device: Where to compute.
-        tile: As for the fold.
-    """
-    for offset in range(0, result.numel(), tile):
-        run = [(result[offset : offset + tile], 1.0)]
-        yield offset, unrounded(run, steps, start + offset, compute=compute, device=device)[1]
 
 
 def _mix(mixture: Sequence[tuple[Tensor, float]], device: torch.device, compute: torch.dtype) -> Tensor:

@@ -63,7 +63,9 @@ def tensor_record(result: TensorResult, strength: Strength) -> dict[str, Any]:
         record["relative_change"] = result.measure.relative_change
         record["rounding_loss"] = result.measure.rounding_loss
         if result.measure.returned is not None:
-            record["returned_elements"] = result.measure.returned
+            record["returned"] = result.measure.returned / result.measure.elements
+        if result.measure.tried:
+            record["expected"] = result.measure.kept / result.measure.tried
     if plan.steps:
         record["orthogonality_residual"] = result.residual
         record["steps"] = [_step(s, alphas[s.adapter]) for s in plan.steps]

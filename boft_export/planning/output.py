@@ -18,6 +18,7 @@ from boft_export.planning.tables import TOKENIZER_FILES
 
 # Files that the output has of its own.
 OWN_FILES = {"boft_export.json", "README.md"}
+UNDO_FOLDER = "boft_export.undo"
 
 _PART_NUMBER = re.compile(r"-\d+-of-\d+$")
 
@@ -83,7 +84,7 @@ def _dtype_for_added(draft: Draft, source: TensorRef) -> str:
 def side_files(draft: Draft, shards: Sequence[Shard[TensorPlan]]) -> list[SideFile]:
     """Return the output's files that hold no weights: the base's, the changed config, the index, a new tokenizer."""
     base = draft.base
-    files = {f: SideFile(f, source=base.root / f) for f in base.side_files if str(f) not in OWN_FILES}
+    files = {f: SideFile(f, source=base.root / f) for f in base.side_files if not _is_own(f)}
     if draft.resized:
         for adapter in draft.adapters:
             brought = adapter.tokenizer_files() if adapter.has_tokenizer() else []
@@ -102,6 +103,11 @@ def side_files(draft: Draft, shards: Sequence[Shard[TensorPlan]]) -> list[SideFi
         index = _stem_of_parts(first).with_suffix(".safetensors.index.json")
         files[index] = SideFile(index, text=index_json(shards, base.index_metadata))
     return list(files.values())
+
+
+def _is_own(file: PurePosixPath) -> bool:
+    """Tell whether the base's file is one that a merge wrote of itself, when the base was its output."""
+    return str(file) in OWN_FILES or file.parts[0] == UNDO_FOLDER
 
 
 def _stem_of_parts(file: PurePosixPath) -> PurePosixPath:

@@ -15,6 +15,7 @@ from boft_export.planning.strength import Course
 if TYPE_CHECKING:
     # At run time this would load torch, which a dry run does without.
     from boft_export.pipeline.interpolate import InterpolationResult
+    from boft_export.pipeline.unmerge import UnmergeResult
 
 SCHEMA_VERSION = 1
 
@@ -88,6 +89,13 @@ def interpolation_document(
     }
 
 
+def unmerge_document(result: UnmergeResult, seconds: float) -> dict[str, Any]:
+    """Return what a finished unmerge tells."""
+    document = result_document(result.plan, str(result.output), result.manifest, result.resumed, seconds)
+    document["merged"] = document.pop("base")
+    return {**document, "expected": result.expected, "returned": result.returned, "identical": result.identical}
+
+
 def _measured(plan: FoldPlan, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {t.name: {**_tensor(t), **manifest["tensors"][t.name]} for t in plan.tensors if t.action is not Action.COPY}
 
@@ -115,7 +123,7 @@ def notice_list(notices: Iterable[Notice]) -> list[dict[str, Any]]:
 
 
 def folded_rows(tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each kind of tensor that is not copied, with the largest of what was measured.
+    """Return one row for each kind of tensor that is not copied, with the worst of what was measured.
 
     Layers that differ only in number are one kind.
     """
@@ -133,6 +141,10 @@ def folded_rows(tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
             **{
                 key: max((m[key] for m in members if m.get(key) is not None), default=None)
                 for key in ("relative_change", "rounding_loss", "orthogonality_residual")
+            },
+            **{
+                key: min((m[key] for m in members if m.get(key) is not None), default=None)
+                for key in ("returned", "expected")
             },
         }
         for (name, action, shape, fold), members in groups.items()

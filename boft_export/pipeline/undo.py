@@ -1,0 +1,246 @@
+"""The files beside a merged checkpoint that say what undoing the merge misses of the base: their form on disk.
+
+A file belongs to a weight file. It holds blocks of corrections (``boft_export.pipeline.corrections``) and tensors of
+which a merge leaves nothing, one after the other; then an index as JSON, and the index's length in 8 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, TensorRef
+from boft_export.checkpoint.dtypes import DTYPE_BITS
+from boft_export.checkpoint.folder import read_text
+from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
+from boft_export.errors import AccessError, DamagedFileError
+from boft_export.pipeline.recorded import Recorded, RecordedFile
+from boft_export.planning import TensorPlan
+from boft_export.planning.output import UNDO_FOLDER
+
+CONFIG_NAME = f"{UNDO_FOLDER}/base_config.json"
+_SUFFIX = ".undo"
+_VERSION = 1
+_LENGTH = 8
+_PIECE = 4 << 20
+_LARGEST_INDEX = 256 << 20
+_LARGEST_CONFIG = 16 << 20
+
+
+def undo_name(weight_file: str) -> str:
+    """Return the name of the file that belongs to a weight file; no loader takes it for weights."""
+    return f"{UNDO_FOLDER}/{PurePosixPath(weight_file).with_suffix(_SUFFIX)}"
+
+
+@dataclass(frozen=True)
+class UndoTensor:
+    """What a file says of a tensor that is not as in the base.
+
+    Attributes:
+        name: The tensor's name in the base; None where the base has none.
+        dtype: Its dtype in the base.
+        shape: Its shape in the base.
+        offset: Where its blocks, or its bytes, begin in the file.
+        blocks: Of each block of corrections, how many elements it is for, and its size; None where the tensor is whole.
+        path: The file.
+    """
+
+    name: str | None
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    offset: int = 0
+    blocks: tuple[tuple[int, int], ...] | None = None
+    path: Path = Path()
+
+    @property
+    def whole(self) -> TensorRef | None:
+        """The base's tensor, where the file holds it whole."""
+        if self.name is None or self.blocks is not None:
+            return None
+        return TensorRef(self.name, self.dtype, self.shape, FileBytes(self.path, self.offset), self.path.name)
+
+    def read(self, start: int, stop: int) -> list[tuple[int, int, bytes]]:
+        """Return the blocks for elements ``start`` to ``stop``: first element, number of elements, and bytes of each.
+
+        Raises:
+            DamagedFileError: If the file ends early.
+            AccessError: If it can't be read.
+        """
+        blocks = self.blocks or ()
+        firsts = accumulate((count for count, _ in blocks), initial=0)
+        offsets = accumulate((size for _, size in blocks), initial=self.offset)
+        found = []
+        for (count, size), first, offset in zip(blocks, firsts, offsets, strict=False):
+            if first < stop and start < first + count:
+                data = bytearray(size)
+                FileBytes(self.path, offset).read_into(memoryview(data), 0)
+                found.append((first, count, bytes(data)))
+        return found
+
+
+@dataclass(frozen=True)
+class UndoRecord:
+    """All that a merged checkpoint's files say.
+
+    Attributes:
+        tensors: Each tensor that is not as in the base, by its name in the merged checkpoint.
+        headers: The headers of the base's weight files, by name.
+        config_text: The base's ``config.json``, where the merged checkpoint has another.
+    """
+
+    tensors: Mapping[str, UndoTensor]
+    headers: Mapping[str, bytes]
+    config_text: str | None
+
+
+class UndoWriter:
+    """Writes one file.
+
+    Args:
+        file: Where to.
+        tensors: The weight file's tensors, in order.
+        header: The header of the base's weight file as text; None where the base has no such file.
+    """
+
+    def __init__(self, file: IO[bytes], tensors: Sequence[TensorPlan], header: str | None) -> None:
+        self._file = file
+        self._next = iter(tensors)
+        self._current = ""
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._index: dict[str, Any] = {
+            "version": _VERSION,
+            "header": header,
+            "tensors": {},
+        }
+
+    def _begin(self, tensor: TensorPlan) -> None:
+        """Note a tensor: its corrections come next, or it is written whole where the merge leaves nothing of it."""
+        self._current = tensor.name
+        base = tensor.base
+        if base is None:
+            self._index["tensors"][tensor.name] = None
+        elif tensor.steps or base is not tensor.source or base.name != tensor.name:
+            entry = {"name": base.name, "dtype": base.dtype, "shape": list(base.shape), "offset": self._position}
+            entry["blocks"] = [] if base is tensor.source else None
+            self._index["tensors"][tensor.name] = entry
+            if base is not tensor.source:
+                buffer = memoryview(bytearray(min(_PIECE, base.nbytes)))
+                for start in range(0, base.nbytes, _PIECE):
+                    piece = buffer[: base.nbytes - start]
+                    base.read_into(piece, start)
+                    self._write(piece)
+
+    def add(self, tensor: TensorPlan, elements: int, block: bytes) -> None:
+        """Write the next block of corrections of a tensor that the base has."""
+        while self._current != tensor.name:
+            self._begin(next(self._next))
+        self._index["tensors"][tensor.name]["blocks"].append([elements, len(block)])
+        self._write(block)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the index; return what the journal notes of the file."""
+        for tensor in self._next:
+            self._begin(tensor)
+        index = json.dumps(self._index, ensure_ascii=False).encode()
+        self._write(index)
+        self._write(len(index).to_bytes(_LENGTH, "little"))
+        return {"sha256": self._digest.hexdigest()}
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+
+def read_record(checkpoint: Checkpoint, recorded: Recorded) -> UndoRecord | None:
+    """Read what a checkpoint's manifest names; None where that is nothing, or its folder was removed.
+
+    Raises:
+        DamagedFileError: If a file is missing, or is not what the manifest or the format says.
+        AccessError: If a file can't be read.
+    """
+    if not recorded.undo or not (checkpoint.root / UNDO_FOLDER).is_dir():
+        return None
+    tensors: dict[str, UndoTensor] = {}
+    headers: dict[str, bytes] = {}
+    config = None
+    for name, told in recorded.undo.items():
+        path = checkpoint.root / name
+        _check_digest(path, told)
+        if name == CONFIG_NAME and told.nbytes <= _LARGEST_CONFIG:
+            config = read_text(path)
+        elif name.startswith(f"{UNDO_FOLDER}/") and name.endswith(_SUFFIX):
+            header, found = _read_index(path, told.nbytes)
+            tensors |= found
+            if header is not None:
+                weights = PurePosixPath(name).relative_to(UNDO_FOLDER).with_suffix(".safetensors")
+                headers[str(weights)] = header
+        else:
+            raise DamagedFileError(f"{path} is no file that undoes a merge.")
+    return UndoRecord(tensors, headers, config)
+
+
+def _check_digest(path: Path, told: RecordedFile) -> None:
+    hint = "Copy the whole folder again, or remove the folder to go without."
+    digest = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while size == told.nbytes and (piece := file.read(_PIECE)):
+                digest.update(piece)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{path} is missing, though boft_export.json names it.", hint=hint) from error
+    except OSError as error:
+        raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
+    if size != told.nbytes:
+        raise DamagedFileError(f"{path} has {size:,} bytes, boft_export.json says {told.nbytes:,}.", hint=hint)
+    if digest.hexdigest() != told.sha256:
+        raise DamagedFileError(
+            f"{path} has SHA-256 {digest.hexdigest()}, boft_export.json says {told.sha256}.", hint=hint
+        )
+
+
+def _read_index(path: Path, nbytes: int) -> tuple[bytes | None, dict[str, UndoTensor]]:
+    def read(start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        FileBytes(path, start).read_into(memoryview(data), 0)
+        return bytes(data)
+
+    try:
+        end = nbytes - _LENGTH
+        start = end - int.from_bytes(read(end, nbytes), "little")
+        if not 0 <= start <= end or end - start > _LARGEST_INDEX:
+            raise ValueError("its index has no sound length")
+        index = json.loads(read(start, end))
+        if index["version"] != _VERSION:
+            raise ValueError(f"version {index['version']} is not known")
+        text = index["header"]
+        header = None if text is None else len(text.encode()).to_bytes(_LENGTH, "little") + text.encode()
+        return header, {n: _tensor(e, path, start) for n, e in index["tensors"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is not a sound file that undoes a merge: {error}.") from error
+
+
+def _tensor(entry: Any, path: Path, end: int) -> UndoTensor:  # noqa: ANN401  # it is checked here
+    if entry is None:
+        return UndoTensor(None)
+    name, dtype, offset = entry["name"], entry["dtype"], entry["offset"]
+    shape = tuple(entry["shape"])
+    blocks = tuple((count, size) for count, size in entry["blocks"]) if entry["blocks"] is not None else None
+    numbers = (offset, *shape, *(i for b in blocks or () for i in b))
+    if not isinstance(name, str) or dtype not in DTYPE_BITS or any(type(i) is not int or i < 0 for i in numbers):
+        raise ValueError("an entry of its index is not what it should be")
+    size = tensor_bytes(dtype, shape) if blocks is None else sum(size for _, size in blocks)
+    # Without blocks a tensor is the base's under another name.
+    if blocks and (dtype not in FLOAT_DTYPES or sum(count for count, _ in blocks) != math.prod(shape)):
+        raise ValueError(f"the blocks of {name} don't add up to its shape")
+    if offset + size > end:
+        raise ValueError(f"{name} lies beyond its end")
+    return UndoTensor(name, dtype, shape, offset, blocks, path)
