@@ -208,7 +208,8 @@ P, F = Outcome.PASS, Outcome.FAIL
         ([(F, 5, 0), (P, 0, 0), (F, 7, 0)], "2", False),
         # One that failed comes before one that passed.
         ([(P, 9.99, 10), (F, 11, 10)], "1", False),
-        ([(P, 9.9, 10), (F, math.nan, 10)], "1", False),
+        ([(P, 9.9, 10), (P, 9, 10), (F, 1, 10)], "2", False),
+        ([(F, 11, 10), (F, math.nan, 10)], "1", False),
         # Limits from below.
         ([(P, 0.99, 0.9), (P, 0.95, 0.9), (P, 1, 0.9)], "1", True),
         ([(F, 0.5, 0.9), (P, 0.95, 0.9)], "0", True),
@@ -396,7 +397,7 @@ def test_summaries_are_markdown(name: str) -> None:
 
 
 def test_summaries_show_names_as_they_are() -> None:
-    name = "a|b`c`<b>d</b>&amp;__e__*f*~~g~~[h](i)\\|$j$@k#1"
+    name = "a|b`c`<!--<b>d</b>&amp;__e__*f*~~g~~[h](i)\\|$j$@k#1"
     check = Check("c", name, Outcome.FAIL, name, finding=name, hint=name, measured={name: 1}, limits={name: 0})
     found = rendered(step_summary(Validation((name,), name, name, (check,)), 1))
     shown = name.replace("_", " ")
@@ -528,7 +529,10 @@ def test_a_page_of_a_large_model_is_small() -> None:
     """As one of 4000 experts: what is drawn many times is drawn as an image."""
     found = healthy(300)
     assert len(page_of("healthy")) < 400_000
-    assert len(page(validation_document(found, 1))) < 2_500_000
+    text = page(validation_document(found, 1))
+    assert len(text) < 2_500_000
+    assert text.count("data:image/png") == len(re.findall("<figure>", text)) == 4
+    assert "data:image" not in page_of("healthy")
 
 
 # The table

@@ -78,14 +78,15 @@ def _about(shown: Shown) -> str:
         if document[key]
     ]
     tool = document["tool"]
+    fails = " and ".join(_fail_on(document["fail_on"]))
     return (
         f"{' and '.join(what) or 'Nothing'} measured by {tool['name']} {tool['version']} "
-        f"in {document['seconds']:.1f} s. What fails it: {' and '.join(_fail_on(document['fail_on']))}."
+        f"in {document['seconds']:.1f} s. {fails[:1].upper() + fails[1:]} fail the whole."
     )
 
 
 def _fail_on(levels: Iterable[str]) -> list[str]:
-    names = {"error": "errors", "warning": "warnings", "inconclusive": "what could not be told"}
+    names = {"error": "errors", "warning": "warnings", "inconclusive": "checks that could not be told"}
     return [name for level, name in names.items() if level in set(levels)]
 
 
