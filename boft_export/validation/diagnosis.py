@@ -150,7 +150,7 @@ class Doctor:
         if found.not_finite:
             text = f"{found.not_finite} elements are not finite"
             return Diagnosis("not-finite", text, found.wrong)
-        sample = suspect.sample()
+        sample: Sequence[Run] = suspect.sample()
         if found.all_places_known or not self._beyond(suspect, sample, self._arithmetic)[0]:
             few = found.wrong < _FEW * found.stored.num_elements and suspect.dtype in (torch.float32, torch.float64)
             arithmetic = min(self._arithmetic, _FLOAT64) if few else self._arithmetic
@@ -161,13 +161,16 @@ class Doctor:
                 return Diagnosis("flipped-bit", f"a bit is turned over in {_count(beyond, 'element')}", beyond)
         else:
             beyond = found.wrong
+        sample, part = _wrong_part(suspect, sample)
         explained = self._explain(suspect, sample, others)
         if explained is not None:
-            return replace(explained, wrong=beyond)
+            finding = "part-skipped" if part and explained.finding == "layer-skipped" else explained.finding
+            return Diagnosis(finding, part + explained.message, beyond)
         text = f"{beyond:,} of {found.stored.num_elements:,} elements are wrong"
         if beyond < _SPORADIC * found.stored.num_elements:
             return Diagnosis("wrong-elements", f"{text}, the first at {_place(suspect)}", beyond)
-        return replace(_by_inner_products(suspect, sample), wrong=beyond)
+        last = _by_inner_products(suspect, sample)
+        return Diagnosis(last.finding, part + last.message, beyond)
 
     @staticmethod
     def _beyond(suspect: Suspect, runs: Sequence[Run], arithmetic: float) -> tuple[int, int]:
@@ -268,6 +271,17 @@ class Doctor:
 
 
 _Input = tuple[Run, Tensor, Tensor]
+
+
+def _wrong_part(suspect: Suspect, sample: Sequence[Run]) -> tuple[Sequence[Run], str]:
+    """Return the runs in those parts of a tensor that are wrong, and what to call these; nothing where all are."""
+    rotated = [s for s in suspect.tensor.segments if s.steps]
+    places = suspect.comparison.places
+    wrong = [s for s in rotated if bool(((places >= s.start) & (places < s.stop)).any())]
+    if len(wrong) == len(rotated) or not suspect.comparison.all_places_known:
+        return sample, ""
+    modules = dict.fromkeys(step.layer.module for segment in wrong for step in segment.steps)
+    return [r for r in sample if r.segment in wrong], f"the part of {', '.join(modules)}: "
 
 
 def _named(rotation: _Variant, scale: _Variant) -> Diagnosis:

@@ -101,7 +101,10 @@ def check_layers(
             yield None, [check]
             continue
         facts = layer_facts(number, layer, built, expected_residual(source, layer))
-        checks = [_orthogonality(facts, built.rotation, limits)]
+        limit = limits.max_residual
+        if limit is None:
+            limit = _residual_limit(facts, built.rotation, len(layer.series))
+        checks = [_orthogonality(facts, limit, limits.max_series_residual)]
         if built.scale is not None:
             checks.append(_scales(layer.module, built.scale, limits))
         if math.isfinite(limits.max_angle):
@@ -109,9 +112,8 @@ def check_layers(
         yield facts, checks
 
 
-def _orthogonality(facts: LayerFacts, rotation: Rotation, limits: Thresholds) -> Check:
+def _orthogonality(facts: LayerFacts, limit: float, coarse: float) -> Check:
     """Judge |R^T R - I|_2 against what it is by design: 0, or the error that a series must have."""
-    limit = limits.max_residual if limits.max_residual is not None else _residual_limit(facts, rotation)
     values = facts.smallest_singular_value, facts.largest_singular_value
     norm = max(abs(v**2 - 1) for v in values)
     measured = {
@@ -138,20 +140,23 @@ def _orthogonality(facts: LayerFacts, rotation: Rotation, limits: Thresholds) ->
         )
     if facts.determinant < 0:
         return check(Outcome.FAIL, f"R is a reflection: its determinant is {facts.determinant:.6g}", "reflection")
-    if facts.expected_residual > limits.max_series_residual:
+    if facts.expected_residual > coarse:
         message = f"its series is far from a rotation: |R^T R - I| is {expected}"
         return check(Outcome.FAIL, message, "coarse-series", Level.WARNING)
     note = ", which is the error that its series must have" if facts.expected_residual else ""
     return check(Outcome.PASS, f"|R^T R - I| is {norm:.1e}{note}")
 
 
-def _residual_limit(facts: LayerFacts, rotation: Rotation) -> float:
+def _residual_limit(facts: LayerFacts, rotation: Rotation, terms: int) -> float:
     """Return what float64 may make of the residual: of m factors, over g coupled features, of generators of their size.
 
-    A Cayley transform is orthogonal to about eps |S|.
+    A Cayley transform is orthogonal to about eps |S|; each term of a series adds its own errors, of the series' size.
     """
     sizes = [float(torch.linalg.matrix_norm(f.generator).max()) for f in rotation.factors if f.generator is not None]
-    return _MARGIN * _EPS * facts.num_factors * math.sqrt(facts.group_size) * (1 + max(sizes, default=0.0))
+    size = 1 + max(sizes, default=0.0)
+    return _MARGIN * _EPS * facts.num_factors * math.sqrt(facts.group_size) * size * (
+        max(terms, 1) * (1 + facts.expected_residual)
+    )  # fmt: skip
 
 
 def _scales(module: str, scale: Tensor, limits: Thresholds) -> Check:

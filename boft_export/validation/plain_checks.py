@@ -134,7 +134,10 @@ def _judge(name: str, ref: TensorRef, change: TensorChange, policy: Policy) -> C
     }
     if change.kind is ChangeKind.REPLACEMENT and change.residual is not None and limit and change.residual <= limit:
         outcome, finding, message = _VERDICTS[ChangeKind.ROTATION]
-    if change.kind is ChangeKind.REPLACEMENT and len(ref.shape) < 2:
+    if len(ref.shape) < 2 and change.kind is ChangeKind.SCALE and 2 * (change.changed or 0) < ref.num_elements:
+        # A scale so close to 1 that most elements stay as they are is no likelier than damage to the others.
+        outcome, finding, message = _VERDICTS[ChangeKind.EDIT]
+    if len(ref.shape) < 2 and change.kind is ChangeKind.REPLACEMENT:
         outcome, finding, message = Outcome.INCONCLUSIVE, None, "it is a vector, which any training could have made"
     if change.nonfinite_new > change.nonfinite:
         outcome, finding = Outcome.FAIL, "not-finite"

@@ -1,0 +1,274 @@
+"""``boft-export validate`` as CI meets it: exit codes, documents, reports, in every outcome."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from junitparser import JUnitXml
+from sabotage import FIRST, SABOTAGES, Bed, make_bed
+from safetensors.torch import load_file, save_file
+from support import write_checkpoint
+from typer.testing import CliRunner, Result
+
+import boft_export
+from boft_export.cli.main import app
+from boft_export.report.schemas import schema
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Bed:
+    return make_bed(tmp_path, torch.bfloat16, manifest=True)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["validate", *map(str, arguments)])
+
+
+def document(done: Result) -> dict[str, Any]:
+    """Return what --json printed, held against its schema."""
+    found: dict[str, Any] = json.loads(done.stdout)
+    Draft202012Validator(schema("validate")).validate(found)
+    return found
+
+
+def merge_of(bed: Bed) -> tuple[object, ...]:
+    return bed.adapter, "--base", bed.base, "--merged", bed.merged
+
+
+def spoil(bed: Bed, name: str) -> None:
+    SABOTAGES[name][0](bed)
+
+
+def edit_adapter(bed: Bed, key: str, value: float) -> None:
+    file = bed.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+SCALE = "base_model.model.model.layers.0.up.boft_s"
+
+
+def test_valid(bed: Bed, tmp_path: Path) -> None:
+    junit, page = tmp_path / "out" / "junit.xml", tmp_path / "out" / "page.html"
+    done = run(*merge_of(bed), "--junit-xml", junit, "--report", page)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "valid: " in done.stdout
+    suite = JUnitXml.fromfile(str(junit))
+    assert (suite.failures, suite.errors, suite.skipped) == (0, 0, 0)
+    assert suite.tests > 20
+    assert FIRST in page.read_text().replace("<wbr>", "")
+    found = document(run(*merge_of(bed), "--json"))
+    assert found["outcome"] == "pass"
+    assert found["counts"]["fail"] == 0
+    assert {t["wrong"] for t in found["tensors"]} == {0}
+    assert {layer["module"] for layer in found["layers"]} == {n.removesuffix(".weight") for n in bed.rotated}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_every_failure_is_told_in_every_form(name: str, bed: Bed, tmp_path: Path) -> None:
+    _, finding, _ = SABOTAGES[name]
+    spoil(bed, name)
+    junit = tmp_path / "junit.xml"
+    done = run(*merge_of(bed), "--json", "--junit-xml", junit)
+    assert done.exit_code == 1
+    found = document(done)
+    assert found["outcome"] == "fail"
+    assert finding in {c["finding"] for c in found["checks"] if c["fails"]}
+    suite = JUnitXml.fromfile(str(junit))
+    assert suite.failures == found["counts"]["fail"] > 0
+    assert finding in {r.type for s in suite for case in s for r in case.result}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["{adapter}", "--functional"], 2),
+        (["--base", "{base}"], 2),
+        (["{adapter}", "--threshold", "max_angel=1"], 2),
+        (["{adapter}", "--threshold", "max_angle=wide"], 2),
+        (["{adapter}", "--fail-on", "nothing"], 2),
+        (["{adapter}", "--base", "{base}", "--merged", "{merged}", "--device", "cuda:99"], 2),
+        (["{adapter}", "--base", "{base}", "--merged", "{merged}", "-j", "0"], 2),
+        (["{adapter}", "--junit-xml", "{adapter}/junit.xml"], 2),
+        (["{adapter}", "--report", "page.pdf"], 2),
+        (["{base}"], 3),
+        (["{adapter}", "--base", "{adapter}"], 3),
+        (["{adapter}", "--policy", "{merged}/config.json"], 3),
+        (["{merged}/nothing"], 4),
+        (["{adapter}", "--policy", "{merged}/nothing"], 4),
+        (["{adapter}", "--base", "{base}", "--merged", "{merged}", "--max-memory", "1MiB"], 5),
+    ],
+    ids=str,
+)
+def test_exit_codes(arguments: list[str], code: int, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(base=bed.base, adapter=bed.adapter, merged=bed.merged) for a in arguments]
+    before = sorted(p for p in tmp_path.rglob("*"))
+    done = run(*filled, "--json")
+    assert done.exit_code == code, done.output
+    assert done.stderr
+    if done.stdout:
+        found = document(done)
+        assert found["error"]["exit_code"] == code
+    # Wrong options that Typer itself finds have no document.
+    assert done.stdout or "fail-on" in str(arguments)
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_a_result_still_leaves_a_report(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bed.adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    junit, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    summary.write_text("before\n")
+    done = run(bed.adapter, "--junit-xml", junit, "--json")
+    assert done.exit_code == 3
+    assert document(done)["error"]["type"] == "DamagedFileError"
+    assert JUnitXml.fromfile(str(junit)).errors == 1
+    assert "::error title=" in done.stderr
+    assert summary.read_text().startswith("before\n")
+    assert "truncated" in summary.read_text()
+
+
+def test_a_failure_is_told_to_people(bed: Bed) -> None:
+    spoil(bed, "transposed")
+    done = run(*merge_of(bed))
+    assert done.exit_code == 1
+    assert f"failed: replay {FIRST}: it is rotated by R in place of R^T" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("not valid: ")
+
+
+def test_github_is_told(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    spoil(bed, "layer-skipped")
+    done = run(*merge_of(bed), "--json")
+    assert done.exit_code == 1
+    # stdout is the document's alone.
+    document(done)
+    assert f"::error title=layer-skipped%3A {FIRST}::" in done.stderr
+    assert "not valid" in summary.read_text()
+
+
+def test_warnings_fail_where_they_are_asked_to(bed: Bed, tmp_path: Path) -> None:
+    edit_adapter(bed, SCALE, 0.0)
+    done = run(bed.adapter, "--json")
+    assert done.exit_code == 0
+    assert document(done)["counts"]["warning"] == 1
+    assert run(bed.adapter, "--fail-on", "inconclusive").exit_code == 0
+    assert run(bed.adapter, "--fail-on", "warning").exit_code == 1
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("fail_on: [warning]\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 1
+    policy.write_text("fail_on: [warning]\nallowed_warnings: ['zero-scale:model.layers.0.*']\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 0
+    policy.write_text("fail_on: [warning]\nallowed_warnings: ['zero-scale:model.layers.1.*']\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 1
+
+
+def test_inconclusive_fails_where_it_is_asked_to(bed: Bed) -> None:
+    arguments = ("--base", bed.base, "--merged", bed.merged)
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0
+    found = document(done)
+    assert found["outcome"] == "inconclusive"
+    reasons = [c["message"] for c in found["checks"] if c["outcome"] == "inconclusive"]
+    assert reasons
+    assert all(reasons)
+    assert run(*arguments, "--fail-on", "inconclusive").exit_code == 1
+
+
+def test_a_policy_asks_for_layers_and_thresholds(bed: Bed, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("required_layers: ['model.layers.*.up', 'lm_head']\nthresholds: {max_angle: 3}\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 0
+    policy.write_text("required_layers: ['model.layers.2.*']\nthresholds: {max_angle: 0.1, max_scale: 1.0}\n")
+    found = document(run(bed.adapter, "--policy", policy, "--json"))
+    failed = {c["finding"] for c in found["checks"] if c["fails"]}
+    assert failed == {"missing-layer", "large-angle", "scale-out-of-bounds"}
+    # An option has the last word.
+    arguments = ("--threshold", "max_angle=3", "--threshold", "max_scale=9")
+    found = document(run(bed.adapter, "--policy", policy, *arguments, "--json"))
+    assert {c["finding"] for c in found["checks"] if c["fails"]} == {"missing-layer"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["thresholds: {max_angel: 1}", "thresholds: [1]", "thresholds: {max_angle: x}", "layers: [a]", "- a", "fail_on: x",
+     "required_layers: [1]", "{", "fail_on: {a: b}", "thresholds: {1: 2}", "!!python/object:os.system {}"],
+)  # fmt: skip
+def test_a_policy_that_means_nothing_is_refused(text: str, bed: Bed, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(text)
+    done = run(bed.adapter, "--policy", policy, "--json")
+    assert done.exit_code == 3
+    assert str(policy) in document(done)["error"]["message"]
+
+
+def test_an_empty_policy_asks_for_nothing(bed: Bed, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("# later\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 0
+
+
+def test_an_adapter_that_does_not_fit_fails_the_check(bed: Bed, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", {"model.layers.0.up.weight": torch.zeros(4, 4)})
+    done = run(bed.adapter, "--base", other, "--json")
+    assert done.exit_code == 1
+    assert {c["check"] for c in document(done)["checks"] if c["fails"]} == {"fit"}
+
+
+def test_values_that_are_no_numbers(bed: Bed) -> None:
+    edit_adapter(bed, SCALE, float("nan"))
+    done = run(bed.adapter, "--base", bed.base, "--json")
+    assert done.exit_code == 1
+    assert {c["finding"] for c in document(done)["checks"] if c["fails"]} == {"not-finite"}
+
+
+def test_a_huge_adapter_is_not_orthogonal_or_no_rotation(bed: Bed) -> None:
+    edit_adapter(bed, SCALE.replace("boft_s", "boft_R"), 0.0)
+    file = bed.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[SCALE.replace("boft_s", "boft_R")][0, 0, 0, 1] = 3e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = run(bed.adapter, "--json")
+    document(done)
+    assert done.exit_code in (0, 1)
+
+
+def test_quiet_says_nothing(bed: Bed) -> None:
+    done = run(*merge_of(bed), "-q")
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_inputs_are_left_alone(bed: Bed, tmp_path: Path) -> None:
+    def state() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+
+    before = state()
+    run(*merge_of(bed))
+    run("--base", bed.base, "--merged", bed.merged)
+    assert state() == before
+
+
+def test_an_interpolation_is_judged_as_what_it_says_it_is(bed: Bed, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    boft_export.interpolate(bed.base, bed.adapter, half, 0.5, path="factorwise")
+    done = run(bed.adapter, "--base", bed.base, "--merged", half, "--json")
+    assert done.exit_code == 0
+    assert any("alpha 0.5" in c["message"] for c in document(done)["checks"])
+    # What lies about how far it went is found out.
+    shutil.copy(bed.merged / "boft_export.json", half)
+    assert run(bed.adapter, "--base", bed.base, "--merged", half).exit_code == 1
