@@ -223,6 +223,20 @@ def test_the_worst_figure_is_the_one_nearest_to_its_limit(
     assert (row["worst"]["subject"], row["worst"]["at_least"]) == (subject, at_least)
 
 
+def test_without_limits_the_worst_figure_is_that_of_a_failure() -> None:
+    def worst(*found: tuple[Outcome, float]) -> Any:
+        each = tuple(
+            Check("c", str(i), outcome, "", measured={"f": v, "g": 99}) for i, (outcome, v) in enumerate(found)
+        )
+        document = validation_document(Validation((), None, None, each), 1)
+        VALIDATOR.validate(document)
+        return document["summary"][0]["worst"]
+
+    told = worst((P, 9), (F, 2), (F, 3), (F, 1))
+    assert (told["subject"], told["figure"], told["measured"], told["limit"]) == ("2", "f", 3, None)
+    assert worst((P, 9), (P, 8)) is None
+
+
 # JUnit
 
 

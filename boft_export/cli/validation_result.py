@@ -7,11 +7,13 @@ from typing import Any
 
 from boft_export.cli.output import Output
 from boft_export.plots.module_names import printable
-from boft_export.plots.validation_data import figure, how, words
+from boft_export.plots.validation_data import bound, figure, how, words
 
 _MOST_FINDINGS = 20
 _ENDINGS = {"fails": ("failed", "red"), "warning": ("warning", "yellow"), "inconclusive": ("inconclusive", "yellow")}
 _STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
+# Not every terminal's encoding has them.
+_PLAIN = str.maketrans({"≤": "<=", "≥": ">="})
 _HEADS = {"pass": "passed", "fail": "failed", "warning": "warnings", "inconclusive": "unclear"}
 
 
@@ -45,12 +47,10 @@ def _show_checks(out: Output, document: Mapping[str, Any]) -> None:
         worst = entry["worst"]
         told = ["", ""]
         if worst is not None:
-            told = [
-                f"{printable(words(worst['figure']))} {figure(worst['measured'])}",
-                f"{'>=' if worst['at_least'] else '<='} {figure(worst['limit'])}",
-            ]
+            told = [printable(f"{words(worst['figure'])} {figure(worst['measured'])}"), bound(worst).translate(_PLAIN)]
         rows.append([printable(entry["check"]), *(str(entry[key] or "") for key in heads), *told])
-    out.table("", columns, rows)
+    filled = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
+    out.table("", [columns[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def _text(text: str) -> str:

@@ -95,7 +95,7 @@ td.bad,td.doubtful{{color:var(--tone);font-weight:600}}
 tr>.text{{text-align:left;white-space:normal;min-width:9rem;overflow-wrap:anywhere;line-height:1.3}}
 tbody th.text{{min-width:0;overflow-wrap:break-word}}
 thead.checks th:nth-last-child(4),thead.checks th:last-child{{text-align:left}}
-.narrow{{max-width:34rem}}
+.narrow{{max-width:34rem}}.card+.note{{margin-top:10px}}
 .kinds .cross{{width:auto;height:auto;color:var(--bad);line-height:1}}
 @media(max-width:560px){{.tiles{{grid-template-columns:repeat(2,1fr);gap:8px}}.outcome{{padding:12px;font-size:1.05rem}}
 .finding{{padding:12px}}}}

@@ -156,13 +156,19 @@ def figure(value: float | None) -> str:
 
 def figures(check: Mapping[str, Any]) -> list[str]:
     """Return what a check measured and what it compared that with: ``residual 0.031 (limit 1e-12)``."""
-    limits = check["limits"]
-    names = [*(n for n in check["measured"] if n in limits), *(n for n in check["measured"] if n not in limits)]
-    return [f"{words(n)} {figure(check['measured'][n])}" + _limit(limits, n) for n in names]
+    measured, limits = check["measured"], check["limits"]
+    # What was judged comes first; what could not be measured is told only of that.
+    names = [n for n in measured if n in limits] + [n for n, v in measured.items() if n not in limits and v is not None]
+    return [f"{words(n)} {figure(measured[n])}" + _limit(limits, n) for n in names]
 
 
 def _limit(limits: Mapping[str, float | None], name: str) -> str:
     return f" (limit {figure(limits[name])})" if name in limits else ""
+
+
+def bound(worst: Mapping[str, Any]) -> str:
+    """Return the limit of a worst figure with its side, ``≤ 1e-13``; empty without one."""
+    return "" if worst["limit"] is None else f"{'≥' if worst['at_least'] else '≤'} {figure(worst['limit'])}"
 
 
 def words(name: str) -> str:

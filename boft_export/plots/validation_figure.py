@@ -57,7 +57,7 @@ def validation_panels(shown: Shown) -> list[Panel]:
             shown,
             "change",
             "Change of the weights, |W′ − W| / |W| (%)",
-            "For each tensor, of the exact merge.",
+            "For each tensor: of the exact merge; without an adapter, of the one that is there.",
             shown.tensors,
             lambda p: _times(p.facts["relative_change"], 100),
         ),

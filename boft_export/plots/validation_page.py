@@ -9,7 +9,7 @@ from typing import Any
 
 from boft_export.plots.page_parts import count, html_page, kind_items, module_head, plots, row, table
 from boft_export.plots.page_style import CSS, OUTCOME_CSS
-from boft_export.plots.validation_data import Finding, Part, Shown, figure, figures, words
+from boft_export.plots.validation_data import Finding, Part, Shown, bound, figure, figures, words
 from boft_export.plots.validation_figure import validation_panels
 
 # As many checks of a finding are shown at first; the others are folded away.
@@ -133,7 +133,7 @@ def _checks(shown: Shown) -> str:
     for entry in shown.document["summary"]:
         counts = "".join(_count_cell(key, entry[key]) for key in columns)
         worst = entry["worst"]
-        told = ("", "", "") if worst is None else (words(worst["figure"]), figure(worst["measured"]), _bound(worst))
+        told = ("", "", "") if worst is None else (words(worst["figure"]), figure(worst["measured"]), bound(worst))
         cells = f'<td class="text">{escape(told[0])}</td><td>{escape(told[1])}</td><td>{escape(told[2])}</td>'
         subject = "" if worst is None else _breaking(worst["subject"])
         head = f'<th scope="row" class="text">{escape(entry["check"])}</th>'
@@ -144,10 +144,6 @@ def _checks(shown: Shown) -> str:
 def _count_cell(key: str, number: int) -> str:
     tone = f' class="{_LOOK[key][0]}"' if number and key != "pass" else ""
     return f"<td{tone}>{number or _NONE}</td>"
-
-
-def _bound(worst: Mapping[str, Any]) -> str:
-    return f"{'≥' if worst['at_least'] else '≤'} {figure(worst['limit'])}"
 
 
 def _legend(shown: Shown) -> str:
@@ -181,7 +177,7 @@ def _layers(shown: Shown) -> str:
         "factors × block": lambda f: f"{f['num_factors']} × {f['block_size']}",
         "max |RᵀR − I|": lambda f: _small(f["residual"]),
         "by design": lambda f: _small(f["expected_residual"]),
-        "determinant": lambda f: _short(f["determinant"]),
+        "det R": lambda f: _short(f["determinant"]),
         "singular values": lambda f: _between(f["smallest_singular_value"], f["largest_singular_value"]),
         "largest angle": lambda f: _angle(f["angles"]),
         "scale": lambda f: _between(f["smallest_scale"], f["largest_scale"]),

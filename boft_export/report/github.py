@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from boft_export.plots.module_names import printable
-from boft_export.plots.validation_data import alike, figure, figures, how, words
+from boft_export.plots.validation_data import alike, bound, figure, figures, how, words
 from boft_export.report.validation_report import validation_document
 from boft_export.validation.model import Validation
 
@@ -118,9 +118,8 @@ def _by_name(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         worst = entry["worst"]
         told = ["", "", ""]
         if worst is not None:
-            sign = "≥" if worst["at_least"] else "≤"
             value = f"{_inline(words(worst['figure']))} {figure(worst['measured'])}"
-            told = [value, f"{sign} {figure(worst['limit'])}", _code(worst["subject"])]
+            told = [value, bound(worst), _code(worst["subject"])]
         counts = [str(entry[key] or "") for key in ("pass", "fail", "warning", "inconclusive")]
         yield f"| {' | '.join([_code(entry['check']), *counts, *told])} |\n"
     if (more := len(summary) - _MOST_ROWS) > 0:

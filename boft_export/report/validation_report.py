@@ -104,7 +104,7 @@ def _summary(validation: Validation) -> list[dict[str, Any]]:
 def _worst(checks: Sequence[Check]) -> dict[str, Any] | None:
     """Return the figure that is closest to its limit or farthest beyond it; one of a failed check, if any failed.
 
-    None where nothing was compared with a limit.
+    Where nothing has a limit, it is the largest first figure of what failed; None where nothing failed.
     """
     lower = _lower_limits(checks)
     found = [
@@ -112,6 +112,10 @@ def _worst(checks: Sequence[Check]) -> dict[str, Any] | None:
         for check in checks
         for name, limit in check.limits.items()
         if name in check.measured and limit is not None
+    ] or [
+        (True, _nearness(next(iter(check.measured.values())), 0, at_least=False), check, next(iter(check.measured)))
+        for check in checks
+        if check.outcome is Outcome.FAIL and check.measured
     ]
     if not found:
         return None
@@ -120,7 +124,7 @@ def _worst(checks: Sequence[Check]) -> dict[str, Any] | None:
         "subject": check.subject,
         "figure": name,
         "measured": check.measured[name],
-        "limit": check.limits[name],
+        "limit": check.limits.get(name),
         "at_least": name in lower,
     }
 
