@@ -1,0 +1,577 @@
+"""How a tensor of one checkpoint differs from that of another: by how much, and by what kind of change."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from boft_export.checkpoint import TensorRef
+from boft_export.linalg.gram import EXACT_ROWS, ExactGram, GramResult, Rounding, SketchedGram, row_signs
+from boft_export.linalg.rounding import round_once
+from boft_export.pipeline.options import Progress
+from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# What a block of the wider tensor is read as at once, and what is computed at once: in a core's cache, in float64.
+BLOCK_BYTES = 4 << 20
+_TILE_ELEMENTS = 1 << 18
+# Rows of a tile and of a block, at least: the sketch of a tile is as wide as its rows, and is touched once for each.
+_TILE_ROWS = 16
+_BLOCK_ROWS = 64
+# Longer rows, where there are many, are not tested for a rotation.
+_WIDEST = 1 << 17
+# Blocks that wait for their turn while the first of them is worked at.
+_AHEAD = 1
+# Rows that tell the signs of others, and columns that are looked at for a rotation of the outputs.
+_REFERENCES = 16
+_COLUMNS = 64
+# A correctly rounded s_i w, with s_i known to some digits only, is off by no more steps than this.
+_SCALE_STEPS = 2
+# An edit's changes are this many times what rounding would be: less may be the trace of a rotation that is lost.
+_EDIT_JUMP = 16.0
+
+
+class ChangeKind(StrEnum):
+    """What was done to a tensor."""
+
+    IDENTICAL = "identical"
+    """Nothing: its dtype and bytes are the same."""
+    CONVERTED = "converted"
+    """It was rounded once to another dtype."""
+    ROUNDING = "rounding"
+    """No element moved by more than one step of the dtype."""
+    SCALE = "scale"
+    """Its rows were scaled: W' = diag(s) W."""
+    ROTATION = "rotation"
+    """Its rows were rotated and scaled: W' = diag(s) W R^T."""
+    ROTATION_OUTPUT = "rotation_output"
+    """Its columns were rotated and scaled: W' = R W diag(s). Told from up to 64 of its columns."""
+    EDIT = "edit"
+    """Some rows, or elements of a vector, were changed; at least half are untouched."""
+    REPLACEMENT = "replacement"
+    """None of these: other values."""
+    UNKNOWN = "unknown"
+    """It could not be told; the reason says why."""
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How a tensor B differs from A.
+
+    Rows are those of the tensor seen as a matrix (out, everything else); a vector is one row. Elements that are not
+    finite are left out of all sums.
+
+    Attributes:
+        kind: What was done.
+        changed: How many elements of B are not bit for bit A's, rounded to B's dtype; None for dtypes of less than a
+            byte.
+        relative_change: |B - A| / |A|; None without values to compare, or where their squares have no sum. Infinite for
+            a change from zeros.
+        largest_ulp: By how many steps of B's dtype an element is off A's, at most.
+        mean_angle: Between corresponding rows, in radians, over rows that are not zero.
+        largest_angle: The largest of them.
+        nonfinite: How many elements of A are NaN or infinite.
+        nonfinite_new: How many of B.
+        smallest_scale: Of s, the length of B's rows relative to A's: the smallest. Negative only where a rotation tells
+            it. Of ``rotation_output``, s is that of the columns looked at.
+        mean_scale: The mean.
+        largest_scale: The largest.
+        residual: How far the rows' angles to each other are from A's: see ``GramResult``.
+        noise: What rounding alone makes of ``residual``.
+        limit: The largest ``residual`` that rounding explains.
+        reason: Why the kind is not known.
+    """
+
+    kind: ChangeKind
+    changed: int | None = 0
+    relative_change: float | None = 0.0
+    largest_ulp: int | None = 0
+    mean_angle: float | None = None
+    largest_angle: float | None = None
+    nonfinite: int = 0
+    nonfinite_new: int = 0
+    smallest_scale: float | None = None
+    mean_scale: float | None = None
+    largest_scale: float | None = None
+    residual: float | None = None
+    noise: float | None = None
+    limit: float | None = None
+    reason: str | None = None
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Start threads for ``measure_change``, each of which computes on its own."""
+    with one_thread(), ThreadPoolExecutor(jobs, "compare", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+
+
+def measure_change(
+    a: TensorRef, b: TensorRef, *, pool: ThreadPoolExecutor | None = None, progress: Progress | None = None
+) -> TensorChange:
+    """Compare a tensor with what it was, in bounded memory, whatever its size.
+
+    The result is the same for any number of threads.
+
+    Args:
+        a: The tensor before.
+        b: The tensor after, of the same shape.
+        pool: From ``workers``, for many tensors; by default one thread computes.
+        progress: Called with bytes of ``b`` done, all its bytes, and its name; what has to be looked at again is not
+            counted.
+
+    Raises:
+        ValueError: If the shapes differ.
+        DamagedFileError: If a file ends early.
+        AccessError: If a file can't be read.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"{b.name} has shape {b.shape}, not {a.shape}")
+    if pool is None:
+        with workers(1) as own:
+            return measure_change(a, b, pool=own, progress=progress)
+    report = progress or (lambda _done, _total, _name: None)
+    if a.dtype == b.dtype and _same_bytes(a, b, pool, report):
+        return TensorChange(ChangeKind.IDENTICAL)
+    if a.dtype not in TORCH_DTYPES or b.dtype not in TORCH_DTYPES:
+        return _of_other_dtypes(a, b)
+    return _Comparison(a, b, pool).change(report)
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield results in the order of the items, of which only a few are worked at ahead."""
+    waiting: deque[Future[R]] = deque()
+    ahead = pool._max_workers + _AHEAD  # noqa: SLF001  # it has no public name
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _same_bytes(a: TensorRef, b: TensorRef, pool: ThreadPoolExecutor, report: Progress) -> bool:
+    """Tell whether two tensors have the same bytes; stop where they don't."""
+
+    def same(start: int) -> bool:
+        stop = min(start + BLOCK_BYTES, b.nbytes)
+        return np.array_equal(read_bytes(a, start, stop).numpy(), read_bytes(b, start, stop).numpy())
+
+    done = 0
+    for equal in _in_order(pool, same, range(0, b.nbytes, BLOCK_BYTES)):
+        if not equal:
+            return False
+        done = min(done + BLOCK_BYTES, b.nbytes)
+        report(done, b.nbytes, b.name)
+    return True
+
+
+def _of_other_dtypes(a: TensorRef, b: TensorRef) -> TensorChange:
+    """Return what can be said of dtypes that aren't computed with: how many elements differ."""
+    changed = None
+    if a.dtype == b.dtype and b.num_elements and b.nbytes % b.num_elements == 0:
+        width = b.nbytes // b.num_elements
+        changed = 0
+        for start in range(0, b.nbytes, BLOCK_BYTES // width * width):
+            stop = min(start + BLOCK_BYTES // width * width, b.nbytes)
+            old, new = read_bytes(a, start, stop).view(-1, width), read_bytes(b, start, stop).view(-1, width)
+            changed += int((old != new).any(1).sum())
+    other = a.dtype if a.dtype not in TORCH_DTYPES else b.dtype
+    reason = f"values of dtype {other} are not compared"
+    return TensorChange(ChangeKind.UNKNOWN, changed, None, None, reason=reason)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some columns of some rows."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was measured of a block: sums over each of its rows, float64, and the rest over all of it.
+
+    Attributes:
+        block: Which one.
+        sums: Squares of A, of B, and of B - A, shape (3, rows).
+        changed: Elements that differ, of each row.
+        largest_ulp: By how many steps at most.
+        bad: Elements of A and of B that are not finite.
+        gram: What it adds to the test for a rotation; None where there is none.
+    """
+
+    block: _Block
+    sums: Tensor
+    changed: Tensor
+    largest_ulp: int
+    bad: tuple[int, int]
+    gram: ExactGram | SketchedGram | None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What was measured of the whole tensor; as of a block."""
+
+    squares: Tensor
+    squares_new: Tensor
+    squares_change: Tensor
+    changed: Tensor
+    largest_ulp: int
+    bad: tuple[int, int]
+    gram: ExactGram | SketchedGram | None
+
+    def gram_result(self) -> GramResult | None:
+        """Return what the test for a rotation found."""
+        if isinstance(self.gram, SketchedGram):
+            return self.gram.result(self.squares.sqrt(), self.squares_new.sqrt())
+        return self.gram.result() if self.gram is not None else None
+
+
+class _Comparison:
+    """Two tensors of float dtypes, of one shape."""
+
+    def __init__(self, a: TensorRef, b: TensorRef, pool: ThreadPoolExecutor) -> None:
+        self._a, self._b = a, b
+        self._pool = pool
+        self._rows = b.shape[0] if len(b.shape) > 1 else 1
+        self._width = b.num_elements // self._rows if self._rows else 0
+        self._dtype = TORCH_DTYPES[b.dtype]
+        self._rounding = Rounding.of(self._dtype)
+        self._exact = self._rows <= EXACT_ROWS
+        self._tested = self._exact or self._width <= _WIDEST
+
+    def change(self, report: Progress) -> TensorChange:
+        """Measure it, and tell what was done."""
+        if not self._b.num_elements:
+            return TensorChange(ChangeKind.CONVERTED)
+        sums = self._measure(report)
+        known = _measured(sums)
+        if not int(sums.changed.sum()):
+            return replace(known, kind=ChangeKind.CONVERTED)
+        if any(sums.bad):
+            return replace(known, reason="not all values are finite")
+        if not math.isfinite(float(sums.squares.sum() + sums.squares_new.sum())):
+            return replace(known, reason="the squares of its values are too large for float64")
+        return self._tell(known, sums)
+
+    def _tell(self, known: TensorChange, sums: _Sums) -> TensorChange:
+        """Tell what was done to a tensor of finite values, the simplest that explains it."""
+        if sums.largest_ulp <= 1:
+            return replace(known, kind=ChangeKind.ROUNDING)
+        if self._is_scaled(sums):
+            return replace(known, kind=ChangeKind.SCALE)
+        if self._is_edited(sums):
+            return replace(known, kind=ChangeKind.EDIT)
+        gram = sums.gram_result()
+        if gram is None:
+            return replace(known, reason=f"{self._rows} rows of {self._width} are too long to be told from a rotation")
+        if gram.holds is False and not self._exact:
+            gram = self._with_signs() or gram
+        if gram.holds is None:
+            reason = "any of its rows can be rotated into any other of the same length"
+            return replace(known, reason=reason if self._rows > 1 else "a single row can be rotated into any other")
+        known = _with_gram(known, gram)
+        if gram.holds:
+            return replace(known, kind=ChangeKind.ROTATION)
+        for rows, width in self._views():
+            output = self._column_gram(rows, width)
+            if output.holds:
+                return replace(_with_gram(known, output), kind=ChangeKind.ROTATION_OUTPUT)
+        return replace(known, kind=ChangeKind.REPLACEMENT)
+
+    def _blocks(self) -> Iterator[_Block]:
+        """Yield blocks in order: whole rows of many, pieces of all rows of few, pieces of rows that are too long."""
+        elements = BLOCK_BYTES // max(t.nbytes // t.num_elements for t in (self._a, self._b))
+        if self._exact:
+            rows, columns = self._rows, min(self._width, max(1, elements // self._rows))
+        elif self._tested:
+            rows, columns = max(_BLOCK_ROWS, elements // self._width), self._width
+        else:
+            rows, columns = 1, min(self._width, elements)
+        for row in range(0, self._rows, rows):
+            for column in range(0, self._width, columns):
+                yield _Block(row, min(rows, self._rows - row), column, min(columns, self._width - column))
+
+    def _tiles(self, block: _Block) -> Iterator[tuple[slice, slice]]:
+        """Yield the rows and columns, within a block, of what is computed at once; whole rows if the block has them."""
+        if self._exact or not self._tested:
+            rows, columns = block.rows, max(1, _TILE_ELEMENTS // block.rows)
+        else:
+            rows, columns = max(_TILE_ROWS, _TILE_ELEMENTS // block.columns), block.columns
+        for row in range(0, block.rows, rows):
+            for column in range(0, block.columns, columns):
+                yield slice(row, row + rows), slice(column, column + columns)
+
+    def _read(self, ref: TensorRef, block: _Block) -> Tensor:
+        """Return a block of a tensor, shape (rows, columns), in its own dtype."""
+        size = ref.nbytes // ref.num_elements
+        start = (block.row * self._width + block.column) * size
+        if block.columns == self._width or block.rows == 1:
+            data = read_bytes(ref, start, start + block.rows * block.columns * size)
+        else:
+            data = torch.empty(block.rows, block.columns * size, dtype=torch.uint8)
+            for i, row in enumerate(data):
+                ref.read_into(as_bytes(row), start + i * self._width * size)
+        return data.view(-1).view(TORCH_DTYPES[ref.dtype]).view(block.rows, block.columns)
+
+    def _measure(self, report: Progress) -> _Sums:
+        sums = torch.zeros(3, self._rows, dtype=torch.float64)
+        changed = torch.zeros(self._rows, dtype=torch.int64)
+        largest, bad, bad_new, done = 0, 0, 0, 0
+        gram = self._new_gram()
+        size = self._b.nbytes // self._b.num_elements
+        for part in _in_order(self._pool, self._measure_block, self._blocks()):
+            rows = slice(part.block.row, part.block.row + part.block.rows)
+            sums[:, rows] += part.sums
+            changed[rows] += part.changed
+            largest = max(largest, part.largest_ulp)
+            bad, bad_new = bad + part.bad[0], bad_new + part.bad[1]
+            if gram is not None and part.gram is not None:
+                gram.merge(part.gram)
+            done += part.block.rows * part.block.columns * size
+            report(done, self._b.nbytes, self._b.name)
+        return _Sums(sums[0], sums[1], sums[2], changed, largest, (bad, bad_new), gram)
+
+    def _new_gram(self, sketch_dtype: torch.dtype = torch.float64) -> ExactGram | SketchedGram | None:
+        if not self._tested:
+            return None
+        if self._exact:
+            return ExactGram(self._rows, self._width, self._rounding)
+        return SketchedGram(self._width, self._rounding, sketch_dtype)
+
+    def _measure_block(self, block: _Block) -> _Part:
+        old, new = self._read(self._a, block), self._read(self._b, block)
+        sums = torch.zeros(3, block.rows, dtype=torch.float64)
+        changed = torch.zeros(block.rows, dtype=torch.int64)
+        largest, bad, bad_new = 0, 0, 0
+        # float32 holds narrower values exactly, and is exact enough for their sketch.
+        narrow = torch.promote_types(old.dtype, torch.promote_types(new.dtype, torch.float32))
+        gram = self._new_gram(narrow)
+        for rows, columns in self._tiles(block):
+            x, y = old[rows, columns], new[rows, columns].contiguous()
+            short, short_new = x.to(narrow), y.to(narrow)
+            a, b = short.to(torch.float64), short_new.to(torch.float64)
+            same = x.contiguous() if x.dtype is y.dtype else round_once(a, self._dtype)
+            keys, keys_new = _bits(same), _bits(y)
+            changed[rows] += torch.from_numpy(np.count_nonzero(keys != keys_new, axis=1))
+            squares, squares_new = _row_squares(a), _row_squares(b)
+            if not math.isfinite(float(squares.sum() + squares_new.sum())):
+                wrong, wrong_new = ~torch.isfinite(a), ~torch.isfinite(b)
+                bad, bad_new = bad + int(wrong.sum()), bad_new + int(wrong_new.sum())
+                left_out = wrong | wrong_new | ~torch.isfinite(same)
+                a, b = a.masked_fill(left_out, 0), b.masked_fill(left_out, 0)
+                short, short_new = a.to(narrow), b.to(narrow)
+                keys, keys_new = _bits(same.masked_fill(left_out, 0)), _bits(y.masked_fill(left_out, 0))
+                squares, squares_new = _row_squares(a), _row_squares(b)
+            sums[:, rows] += torch.stack([squares, squares_new, _row_squares(b - a)])
+            largest = max(largest, _largest_step(keys, keys_new))
+            if isinstance(gram, SketchedGram):
+                gram.add(block.row + rows.start, short, short_new, squares.sqrt(), squares_new.sqrt())
+            elif gram is not None:
+                gram.add(a, b)
+        return _Part(block, sums, changed, largest, (bad, bad_new), gram)
+
+    def _is_scaled(self, sums: _Sums) -> bool:
+        """Tell whether each row is a multiple of what it was, but for rounding; may look at all elements again."""
+        lengths, new_lengths = sums.squares.sqrt(), sums.squares_new.sqrt()
+        if bool(((lengths == 0) & (new_lengths > 0)).any()):
+            return False
+        angles = row_angles(sums.squares, sums.squares_new, sums.squares_change)
+        # A rounding error is half a step at most.
+        eps = torch.finfo(self._dtype)
+        smallest = eps.smallest_normal * eps.eps * math.sqrt(self._width)
+        allowed = 0.51 * (eps.eps + smallest / new_lengths) + 1e-7
+        turned = torch.minimum(angles, math.pi - angles)
+        if bool((turned > allowed)[(lengths > 0) & (new_lengths > 0)].any()):
+            return False
+        sign = torch.where(angles > math.pi / 2, -1.0, 1.0)
+        scale = torch.where(lengths > 0, sign * new_lengths / lengths, 1.0)
+        steps = _in_order(self._pool, partial(self._steps_from_scaled, scale), self._blocks())
+        return all(step <= _SCALE_STEPS for step in steps)
+
+    def _steps_from_scaled(self, scale: Tensor, block: _Block) -> int:
+        old, new = self._read(self._a, block), self._read(self._b, block)
+        factor = scale[block.row : block.row + block.rows, None]
+        largest = 0
+        for rows, columns in self._tiles(block):
+            expected = round_once(old[rows, columns].to(torch.float64) * factor[rows], self._dtype)
+            largest = max(largest, _largest_step(_bits(expected), _bits(new[rows, columns].contiguous())))
+        return largest
+
+    def _is_edited(self, sums: _Sums) -> bool:
+        """Tell whether half of the rows are untouched, and others changed by more than a lost rotation would leave."""
+        touched = sums.changed > 0
+        share = touched.double().mean() if self._rows > 1 else sums.changed.sum() / self._width
+        jump = (sums.squares_change / sums.changed)[touched]
+        steps = 12 * (self._rounding.relative * sums.squares_new / self._width + self._rounding.absolute)[touched]
+        return bool(share <= 0.5) and bool((jump > _EDIT_JUMP**2 * steps).any())
+
+    def _with_signs(self) -> GramResult | None:
+        """Test again with the signs of s, which a few rows tell, if these are rotated and some sign is negative."""
+        numbers = [i * self._rows // EXACT_ROWS for i in range(EXACT_ROWS)]
+        old, new = (
+            torch.cat([self._read(ref, _Block(i, 1, 0, self._width)) for i in numbers]).to(torch.float64)
+            for ref in (self._a, self._b)
+        )
+        some = ExactGram(EXACT_ROWS, self._width, self._rounding)
+        some.add(old, new)
+        found = some.result()
+        if not found.holds:
+            return None
+        used = torch.nonzero((found.scale != 0) & (old != 0).any(1)).flatten()
+        used = used[torch.linspace(0, len(used) - 1, min(_REFERENCES, len(used))).long()]
+        references = (_unit(old[used]), _unit(new[used]) * found.scale[used].sign()[:, None])
+        gram = SketchedGram(self._width, self._rounding)
+        lengths = torch.zeros(2, self._rows, dtype=torch.float64)
+        for block, part, part_lengths in _in_order(self._pool, partial(self._signed_block, references), self._blocks()):
+            gram.merge(part)
+            lengths[:, block.row : block.row + block.rows] = part_lengths
+        return gram.result(lengths[0], lengths[1]) if bool((lengths[1] < 0).any()) else None
+
+    def _signed_block(self, references: tuple[Tensor, Tensor], block: _Block) -> tuple[_Block, SketchedGram, Tensor]:
+        old, new = self._read(self._a, block), self._read(self._b, block)
+        gram = SketchedGram(self._width, self._rounding)
+        lengths = torch.zeros(2, block.rows, dtype=torch.float64)
+        for rows, _ in self._tiles(block):
+            a, b = old[rows].to(torch.float64), new[rows].to(torch.float64)
+            signs = row_signs(_unit(a), _unit(b), references, self._rounding)
+            lengths[:, rows] = torch.stack([_row_squares(a).sqrt(), _row_squares(b).sqrt() * signs])
+            gram.add(block.row + rows.start, a, b, lengths[0, rows], lengths[1, rows])
+        return block, gram, lengths
+
+    def _views(self) -> Iterator[tuple[int, int]]:
+        """Yield rows and columns of matrices of which the columns may have been rotated.
+
+        PEFT up to 0.13 read a convolution's bytes as (in k k, out).
+        """
+        if self._rows > 1:
+            yield self._rows, self._width
+        if len(self._b.shape) > 2 and self._width > 1:
+            yield self._width, self._rows
+
+    def _column_gram(self, rows: int, width: int) -> GramResult:
+        """Test whether columns are rotated, as far as some of them tell."""
+        count = min(_COLUMNS, width)
+        taken = torch.tensor([i * width // count for i in range(count)])
+        gram = ExactGram(count, rows, self._rounding)
+        step = max(1, BLOCK_BYTES // (width * 8))
+        for part in _in_order(self._pool, partial(self._columns_block, width, taken, step), range(0, rows, step)):
+            gram.merge(part)
+        return gram.result()
+
+    def _columns_block(self, width: int, taken: Tensor, step: int, row: int) -> ExactGram:
+        total = self._b.num_elements
+        gram = ExactGram(len(taken), total // width, self._rounding)
+        pair = []
+        for ref in (self._a, self._b):
+            size = ref.nbytes // ref.num_elements
+            data = read_bytes(ref, row * width * size, min((row + step) * width, total) * size)
+            pair.append(data.view(TORCH_DTYPES[ref.dtype]).view(-1, width)[:, taken].T.to(torch.float64))
+        gram.add(*pair)
+        return gram
+
+
+def row_angles(squares: Tensor, squares_new: Tensor, squares_change: Tensor) -> Tensor:
+    """Return the angle between each row u before and v after, in radians; 0 where one is zero.
+
+    With the chord |u/|u| - v/|v||^2 = (|v - u|^2 - (|v| - |u|)^2) / (|u| |v|), which loses no digits of small
+    angles as a cosine does.
+
+    Args:
+        squares: |u|^2 of each row, float64.
+        squares_new: |v|^2.
+        squares_change: |v - u|^2.
+    """
+    a, b = squares.sqrt(), squares_new.sqrt()
+    chord = ((squares_change - (b - a).square()) / (a * b)).clamp(0, 4).nan_to_num(0.0)
+    return 2 * torch.atan2(chord.sqrt(), (4 - chord).sqrt())
+
+
+def _measured(sums: _Sums) -> TensorChange:
+    """Return all but the kind."""
+    whole, change = float(sums.squares.sum()), float(sums.squares_change.sum())
+    angles = row_angles(sums.squares, sums.squares_new, sums.squares_change)
+    angles = angles[(sums.squares > 0) & (sums.squares_new > 0)]
+    change_known = math.isfinite(whole) and math.isfinite(change)
+    relative = (math.sqrt(change / whole) if whole else math.inf if change else 0.0) if change_known else None
+    known = TensorChange(
+        ChangeKind.UNKNOWN,
+        changed=int(sums.changed.sum()),
+        relative_change=relative,
+        largest_ulp=sums.largest_ulp,
+        mean_angle=float(angles.mean()) if len(angles) and change_known else None,
+        largest_angle=float(angles.max()) if len(angles) and change_known else None,
+        nonfinite=sums.bad[0],
+        nonfinite_new=sums.bad[1],
+    )
+    return _with_scale(known, (sums.squares_new.sqrt() / sums.squares.sqrt())[sums.squares > 0])
+
+
+def _with_gram(known: TensorChange, gram: GramResult) -> TensorChange:
+    measured = replace(known, residual=gram.residual, noise=gram.noise, limit=gram.limit)
+    return _with_scale(measured, gram.scale) if gram.holds else measured
+
+
+def _with_scale(known: TensorChange, scale: Tensor) -> TensorChange:
+    if not len(scale) or not bool(torch.isfinite(scale).all()):
+        return known
+    return replace(
+        known,
+        smallest_scale=float(scale.min()),
+        mean_scale=float(scale.mean()),
+        largest_scale=float(scale.max()),
+    )
+
+
+def _row_squares(x: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return lengths.square()
+
+
+def _unit(x: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(length > 0, x / length, 0.0)
+
+
+def _bits(x: Tensor) -> npt.NDArray[Any]:
+    """Return the bits of float elements as signed integers, without a copy."""
+    size = x.element_size()
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy()
+
+
+def _largest_step(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
+    """Return how many numbers of a dtype lie between two elements, at most; from their bits."""
+    if not a.size:
+        return 0
+    a, b = _ordered(a), _ordered(b)
+    unsigned = f"u{a.dtype.itemsize}"
+    # The difference of two signed integers always fits the unsigned ones.
+    return int((np.maximum(a, b).view(unsigned) - np.minimum(a, b).view(unsigned)).max())
+
+
+def _ordered(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return integers in the order of the floats whose bits are given; both zeros become 0."""
+    negative = bits >> (8 * bits.dtype.itemsize - 1)
+    return ((bits & np.iinfo(bits.dtype).max) ^ negative) - negative
