@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import BOFTConfig, get_peft_model
 from sabotage import FIRST, HEAD, SABOTAGES, SECOND, Bed, make_bed
 from support import boft_tensors, butterfly_matrix, read_folder, write_adapter, write_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 import boft_export
 from boft_export.errors import Level
@@ -234,6 +235,59 @@ def test_changes_can_be_allowed(tmp_path: Path) -> None:
     assert FIRST in {c.subject for c in failures(validate(base=bed.base, merged=bed.merged))}
     policy = Policy(allowed_changes=(FIRST, "*.bias"))
     assert failures(validate(base=bed.base, merged=bed.merged, policy=policy)) == []
+
+
+OFT = {
+    "peft_type": "OFT", "peft_version": "0.21.2", "oft_block_size": 4, "r": 0, "coft": False, "eps": 6e-5,
+    "block_share": False, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("terms", [2, 5])
+@pytest.mark.parametrize("std", [0.003, 0.03, 0.2])
+def test_right_merges_of_oft_raise_no_alarm(std: float, terms: int, exact: bool, tmp_path: Path) -> None:
+    """A Neumann series isn't orthogonal by design, and is judged by the error that it must have."""
+    generator = torch.Generator().manual_seed(terms)
+    base = write_checkpoint(tmp_path / "base", {"x.weight": torch.randn(24, 32, generator=generator).bfloat16()})
+    for size in (4, 8, 32):
+        triangle = torch.randn(32 // size, size * (size - 1) // 2, generator=generator) * std
+        config = {**OFT, "oft_block_size": size, "use_cayley_neumann": not exact, "num_cayley_neumann_terms": terms}
+        adapter = write_adapter(
+            tmp_path / f"adapter-{size}",
+            {"base_model.model.x.oft_R.weight": triangle},
+            config,
+            drop=("boft_block_num",),
+        )
+        merged = boft_export.merge(base, adapter, tmp_path / f"merged-{size}").output
+        result = validate(adapter, base=base, merged=merged)
+        assert {(c.finding, c.level) for c in failures(result)} <= {("coarse-series", Level.WARNING)}
+        (layer,) = result.layers
+        assert (layer.expected_residual == 0) == exact
+        if not exact:
+            assert layer.residual > 1e-12
+            spoiled = read_folder(merged)["x.weight"].double() @ torch.linalg.qr(torch.eye(32).double() + 0.01)[0]
+            other = write_folder(tmp_path / f"spoiled-{size}", {"x.weight": spoiled.bfloat16()})
+            assert any(c.level is Level.ERROR for c in failures(validate(adapter, base=base, merged=other)))
+
+
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
+def test_merges_by_peft_itself_raise_no_alarm(tmp_path: Path) -> None:
+    """In float32, PEFT's own merge_and_unload is let pass; in bfloat16, its errors are found."""
+    for dtype, expected in ((torch.float32, set()), (torch.bfloat16, {"low-precision"})):
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)).to(dtype)
+        folder = tmp_path / str(dtype)
+        base = write_checkpoint(folder / "base", net.state_dict())
+        config = BOFTConfig(target_modules=["0", "1"], boft_block_size=4, init_weights=False, bias="all")
+        model = get_peft_model(net, config).eval()
+        for name, parameter in model.named_parameters():
+            if "boft_" in name:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(folder / "adapter")
+        merged = write_checkpoint(folder / "merged", model.merge_and_unload().state_dict())
+        result = validate(folder / "adapter", base=base, merged=merged)
+        assert {c.finding for c in failures(result)} == expected
 
 
 @pytest.mark.parametrize("seed", range(210))
