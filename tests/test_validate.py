@@ -273,8 +273,8 @@ def test_right_merges_of_oft_raise_no_alarm(std: float, terms: int, exact: bool,
 
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
 def test_merges_by_peft_itself_raise_no_alarm(tmp_path: Path) -> None:
-    """In float32, PEFT's own merge_and_unload is let pass; in bfloat16, its errors are found."""
-    for dtype, expected in ((torch.float32, set()), (torch.bfloat16, {"low-precision"})):
+    """PEFT merges in float32 and stores the base's dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.manual_seed(7)
         net = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)).to(dtype)
         folder = tmp_path / str(dtype)
@@ -287,7 +287,7 @@ def test_merges_by_peft_itself_raise_no_alarm(tmp_path: Path) -> None:
         model.save_pretrained(folder / "adapter")
         merged = write_checkpoint(folder / "merged", model.merge_and_unload().state_dict())
         result = validate(folder / "adapter", base=base, merged=merged)
-        assert {c.finding for c in failures(result)} == expected
+        assert failures(result) == []
 
 
 @pytest.mark.parametrize("seed", range(210))
