@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,28 +22,26 @@ from boft_export.checkpoint import TensorRef
 from boft_export.linalg.gram import EXACT_ROWS, ExactGram, GramResult, Rounding, SketchedGram, row_signs
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.options import Progress
-from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
+from boft_export.pipeline.tensor_pair import BLOCK_BYTES, Block, TensorPair
+from boft_export.pipeline.torch_io import TORCH_DTYPES, one_thread, read_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# What a block of the wider tensor is read as at once, and what is computed at once: in a core's cache, in float64.
-BLOCK_BYTES = 4 << 20
-_TILE_ELEMENTS = 1 << 18
-# Rows of a tile and of a block, at least: the sketch of a tile is as wide as its rows, and is touched once for each.
-_TILE_ROWS = 16
-_BLOCK_ROWS = 64
-# Longer rows, where there are many, are not tested for a rotation.
-_WIDEST = 1 << 17
 # Blocks that wait for their turn while the first of them is worked at.
 _AHEAD = 1
+# More than a disk can feed.
+_MOST_WORKERS = 8
+# Conditions that must hold by chance else, for something as rare as a rotation of the outputs.
+_SURE = 10
 # Rows that tell the signs of others, and columns that are looked at for a rotation of the outputs.
 _REFERENCES = 16
 _COLUMNS = 64
-# A correctly rounded s_i w, with s_i known to some digits only, is off by no more steps than this.
-_SCALE_STEPS = 2
+# A correctly rounded s_i w, with s_i known to some digits only, is off by no more steps than this; float64, in which it
+# is computed, has no digits to spare.
+_SCALE_STEPS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 2, torch.float64: 64}
 # An edit's changes are this many times what rounding would be: less may be the trace of a rotation that is lost.
-_EDIT_JUMP = 16.0
+_EDIT_JUMP = 8.0
 
 
 class ChangeKind(StrEnum):
@@ -113,6 +112,11 @@ class TensorChange:
     reason: str | None = None
 
 
+def default_workers() -> int:
+    """Return how many threads compare: all cores, as each of them reads what it compares."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
 @contextmanager
 def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """Start threads for ``measure_change``, each of which computes on its own."""
@@ -149,7 +153,16 @@ def measure_change(
         return TensorChange(ChangeKind.IDENTICAL)
     if a.dtype not in TORCH_DTYPES or b.dtype not in TORCH_DTYPES:
         return _of_other_dtypes(a, b)
-    return _Comparison(a, b, pool).change(report)
+    if not b.num_elements:
+        return TensorChange(ChangeKind.CONVERTED)
+    return _Comparison(TensorPair(a, b), pool).change(report)
+
+
+def comparing_bytes(a: TensorRef, b: TensorRef, jobs: int) -> int:
+    """Return the bytes that ``measure_change`` takes at most, beside the program itself."""
+    floats = a.dtype in TORCH_DTYPES and b.dtype in TORCH_DTYPES
+    same = (jobs + 1) * 2 * BLOCK_BYTES
+    return max(same, TensorPair(a, b).memory(jobs)) if floats and b.num_elements else same
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -200,16 +213,6 @@ def _of_other_dtypes(a: TensorRef, b: TensorRef) -> TensorChange:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Some columns of some rows."""
-
-    row: int
-    rows: int
-    column: int
-    columns: int
-
-
-@dataclass(frozen=True)
 class _Part:
     """What was measured of a block: sums over each of its rows, float64, and the rest over all of it.
 
@@ -222,7 +225,7 @@ class _Part:
         gram: What it adds to the test for a rotation; None where there is none.
     """
 
-    block: _Block
+    block: Block
     sums: Tensor
     changed: Tensor
     largest_ulp: int
@@ -250,22 +253,16 @@ class _Sums:
 
 
 class _Comparison:
-    """Two tensors of float dtypes, of one shape."""
+    """A comparison of two tensors."""
 
-    def __init__(self, a: TensorRef, b: TensorRef, pool: ThreadPoolExecutor) -> None:
-        self._a, self._b = a, b
+    def __init__(self, pair: TensorPair, pool: ThreadPoolExecutor) -> None:
+        self._pair = pair
         self._pool = pool
-        self._rows = b.shape[0] if len(b.shape) > 1 else 1
-        self._width = b.num_elements // self._rows if self._rows else 0
-        self._dtype = TORCH_DTYPES[b.dtype]
+        self._dtype = TORCH_DTYPES[pair.b.dtype]
         self._rounding = Rounding.of(self._dtype)
-        self._exact = self._rows <= EXACT_ROWS
-        self._tested = self._exact or self._width <= _WIDEST
 
     def change(self, report: Progress) -> TensorChange:
         """Measure it, and tell what was done."""
-        if not self._b.num_elements:
-            return TensorChange(ChangeKind.CONVERTED)
         sums = self._measure(report)
         known = _measured(sums)
         if not int(sums.changed.sum()):
@@ -286,63 +283,32 @@ class _Comparison:
             return replace(known, kind=ChangeKind.EDIT)
         gram = sums.gram_result()
         if gram is None:
-            return replace(known, reason=f"{self._rows} rows of {self._width} are too long to be told from a rotation")
-        if gram.holds is False and not self._exact:
+            return replace(
+                known, reason=f"{self._pair.rows} rows of {self._pair.width} are too long to be told from a rotation"
+            )
+        if gram.holds is False and not self._pair.few:
             gram = self._with_signs() or gram
         if gram.holds is None:
             reason = "any of its rows can be rotated into any other of the same length"
-            return replace(known, reason=reason if self._rows > 1 else "a single row can be rotated into any other")
+            return replace(
+                known, reason=reason if self._pair.rows > 1 else "a single row can be rotated into any other"
+            )
         known = _with_gram(known, gram)
         if gram.holds:
             return replace(known, kind=ChangeKind.ROTATION)
         for rows, width in self._views():
             output = self._column_gram(rows, width)
-            if output.holds:
+            if output.holds and output.conditions >= _SURE:
                 return replace(_with_gram(known, output), kind=ChangeKind.ROTATION_OUTPUT)
         return replace(known, kind=ChangeKind.REPLACEMENT)
 
-    def _blocks(self) -> Iterator[_Block]:
-        """Yield blocks in order: whole rows of many, pieces of all rows of few, pieces of rows that are too long."""
-        elements = BLOCK_BYTES // max(t.nbytes // t.num_elements for t in (self._a, self._b))
-        if self._exact:
-            rows, columns = self._rows, min(self._width, max(1, elements // self._rows))
-        elif self._tested:
-            rows, columns = max(_BLOCK_ROWS, elements // self._width), self._width
-        else:
-            rows, columns = 1, min(self._width, elements)
-        for row in range(0, self._rows, rows):
-            for column in range(0, self._width, columns):
-                yield _Block(row, min(rows, self._rows - row), column, min(columns, self._width - column))
-
-    def _tiles(self, block: _Block) -> Iterator[tuple[slice, slice]]:
-        """Yield the rows and columns, within a block, of what is computed at once; whole rows if the block has them."""
-        if self._exact or not self._tested:
-            rows, columns = block.rows, max(1, _TILE_ELEMENTS // block.rows)
-        else:
-            rows, columns = max(_TILE_ROWS, _TILE_ELEMENTS // block.columns), block.columns
-        for row in range(0, block.rows, rows):
-            for column in range(0, block.columns, columns):
-                yield slice(row, row + rows), slice(column, column + columns)
-
-    def _read(self, ref: TensorRef, block: _Block) -> Tensor:
-        """Return a block of a tensor, shape (rows, columns), in its own dtype."""
-        size = ref.nbytes // ref.num_elements
-        start = (block.row * self._width + block.column) * size
-        if block.columns == self._width or block.rows == 1:
-            data = read_bytes(ref, start, start + block.rows * block.columns * size)
-        else:
-            data = torch.empty(block.rows, block.columns * size, dtype=torch.uint8)
-            for i, row in enumerate(data):
-                ref.read_into(as_bytes(row), start + i * self._width * size)
-        return data.view(-1).view(TORCH_DTYPES[ref.dtype]).view(block.rows, block.columns)
-
     def _measure(self, report: Progress) -> _Sums:
-        sums = torch.zeros(3, self._rows, dtype=torch.float64)
-        changed = torch.zeros(self._rows, dtype=torch.int64)
+        sums = torch.zeros(3, self._pair.rows, dtype=torch.float64)
+        changed = torch.zeros(self._pair.rows, dtype=torch.int64)
         largest, bad, bad_new, done = 0, 0, 0, 0
         gram = self._new_gram()
-        size = self._b.nbytes // self._b.num_elements
-        for part in _in_order(self._pool, self._measure_block, self._blocks()):
+        size = self._pair.b.nbytes // self._pair.b.num_elements
+        for part in _in_order(self._pool, self._measure_block, self._pair.blocks()):
             rows = slice(part.block.row, part.block.row + part.block.rows)
             sums[:, rows] += part.sums
             changed[rows] += part.changed
@@ -351,25 +317,25 @@ class _Comparison:
             if gram is not None and part.gram is not None:
                 gram.merge(part.gram)
             done += part.block.rows * part.block.columns * size
-            report(done, self._b.nbytes, self._b.name)
+            report(done, self._pair.b.nbytes, self._pair.b.name)
         return _Sums(sums[0], sums[1], sums[2], changed, largest, (bad, bad_new), gram)
 
     def _new_gram(self, sketch_dtype: torch.dtype = torch.float64) -> ExactGram | SketchedGram | None:
-        if not self._tested:
+        if not self._pair.whole:
             return None
-        if self._exact:
-            return ExactGram(self._rows, self._width, self._rounding)
-        return SketchedGram(self._width, self._rounding, sketch_dtype)
+        if self._pair.few:
+            return ExactGram(self._pair.rows, self._pair.width, self._rounding)
+        return SketchedGram(self._pair.width, self._rounding, sketch_dtype)
 
-    def _measure_block(self, block: _Block) -> _Part:
-        old, new = self._read(self._a, block), self._read(self._b, block)
+    def _measure_block(self, block: Block) -> _Part:
+        old, new = self._pair.read(self._pair.a, block), self._pair.read(self._pair.b, block)
         sums = torch.zeros(3, block.rows, dtype=torch.float64)
         changed = torch.zeros(block.rows, dtype=torch.int64)
         largest, bad, bad_new = 0, 0, 0
         # float32 holds narrower values exactly, and is exact enough for their sketch.
         narrow = torch.promote_types(old.dtype, torch.promote_types(new.dtype, torch.float32))
         gram = self._new_gram(narrow)
-        for rows, columns in self._tiles(block):
+        for rows, columns in self._pair.tiles(block):
             x, y = old[rows, columns], new[rows, columns].contiguous()
             short, short_new = x.to(narrow), y.to(narrow)
             a, b = short.to(torch.float64), short_new.to(torch.float64)
@@ -400,22 +366,23 @@ class _Comparison:
             return False
         angles = row_angles(sums.squares, sums.squares_new, sums.squares_change)
         # A rounding error is half a step at most.
-        eps = torch.finfo(self._dtype)
-        smallest = eps.smallest_normal * eps.eps * math.sqrt(self._width)
-        allowed = 0.51 * (eps.eps + smallest / new_lengths) + 1e-7
+        info = torch.finfo(self._dtype)
+        smallest = info.smallest_normal * info.eps * math.sqrt(self._pair.width)
+        half_step = 0.51 * (info.eps + smallest / new_lengths) + 1e-7
         turned = torch.minimum(angles, math.pi - angles)
-        if bool((turned > allowed)[(lengths > 0) & (new_lengths > 0)].any()):
+        if bool((turned > half_step)[(lengths > 0) & (new_lengths > 0)].any()):
             return False
         sign = torch.where(angles > math.pi / 2, -1.0, 1.0)
         scale = torch.where(lengths > 0, sign * new_lengths / lengths, 1.0)
-        steps = _in_order(self._pool, partial(self._steps_from_scaled, scale), self._blocks())
-        return all(step <= _SCALE_STEPS for step in steps)
+        steps = _in_order(self._pool, partial(self._steps_from_scaled, scale), self._pair.blocks())
+        allowed = _SCALE_STEPS[self._dtype]
+        return all(step <= allowed for step in steps)
 
-    def _steps_from_scaled(self, scale: Tensor, block: _Block) -> int:
-        old, new = self._read(self._a, block), self._read(self._b, block)
+    def _steps_from_scaled(self, scale: Tensor, block: Block) -> int:
+        old, new = self._pair.read(self._pair.a, block), self._pair.read(self._pair.b, block)
         factor = scale[block.row : block.row + block.rows, None]
         largest = 0
-        for rows, columns in self._tiles(block):
+        for rows, columns in self._pair.tiles(block):
             expected = round_once(old[rows, columns].to(torch.float64) * factor[rows], self._dtype)
             largest = max(largest, _largest_step(_bits(expected), _bits(new[rows, columns].contiguous())))
         return largest
@@ -423,19 +390,19 @@ class _Comparison:
     def _is_edited(self, sums: _Sums) -> bool:
         """Tell whether half of the rows are untouched, and others changed by more than a lost rotation would leave."""
         touched = sums.changed > 0
-        share = touched.double().mean() if self._rows > 1 else sums.changed.sum() / self._width
+        share = touched.double().mean() if self._pair.rows > 1 else sums.changed.sum() / self._pair.width
         jump = (sums.squares_change / sums.changed)[touched]
-        steps = 12 * (self._rounding.relative * sums.squares_new / self._width + self._rounding.absolute)[touched]
+        steps = 12 * (self._rounding.relative * sums.squares_new / self._pair.width + self._rounding.absolute)[touched]
         return bool(share <= 0.5) and bool((jump > _EDIT_JUMP**2 * steps).any())
 
     def _with_signs(self) -> GramResult | None:
         """Test again with the signs of s, which a few rows tell, if these are rotated and some sign is negative."""
-        numbers = [i * self._rows // EXACT_ROWS for i in range(EXACT_ROWS)]
+        numbers = [i * self._pair.rows // EXACT_ROWS for i in range(EXACT_ROWS)]
         old, new = (
-            torch.cat([self._read(ref, _Block(i, 1, 0, self._width)) for i in numbers]).to(torch.float64)
-            for ref in (self._a, self._b)
+            torch.cat([self._pair.read(ref, Block(i, 1, 0, self._pair.width)) for i in numbers]).to(torch.float64)
+            for ref in (self._pair.a, self._pair.b)
         )
-        some = ExactGram(EXACT_ROWS, self._width, self._rounding)
+        some = ExactGram(EXACT_ROWS, self._pair.width, self._rounding)
         some.add(old, new)
         found = some.result()
         if not found.holds:
@@ -443,18 +410,20 @@ class _Comparison:
         used = torch.nonzero((found.scale != 0) & (old != 0).any(1)).flatten()
         used = used[torch.linspace(0, len(used) - 1, min(_REFERENCES, len(used))).long()]
         references = (_unit(old[used]), _unit(new[used]) * found.scale[used].sign()[:, None])
-        gram = SketchedGram(self._width, self._rounding)
-        lengths = torch.zeros(2, self._rows, dtype=torch.float64)
-        for block, part, part_lengths in _in_order(self._pool, partial(self._signed_block, references), self._blocks()):
+        gram = SketchedGram(self._pair.width, self._rounding)
+        lengths = torch.zeros(2, self._pair.rows, dtype=torch.float64)
+        for block, part, part_lengths in _in_order(
+            self._pool, partial(self._signed_block, references), self._pair.blocks()
+        ):
             gram.merge(part)
             lengths[:, block.row : block.row + block.rows] = part_lengths
         return gram.result(lengths[0], lengths[1]) if bool((lengths[1] < 0).any()) else None
 
-    def _signed_block(self, references: tuple[Tensor, Tensor], block: _Block) -> tuple[_Block, SketchedGram, Tensor]:
-        old, new = self._read(self._a, block), self._read(self._b, block)
-        gram = SketchedGram(self._width, self._rounding)
+    def _signed_block(self, references: tuple[Tensor, Tensor], block: Block) -> tuple[Block, SketchedGram, Tensor]:
+        old, new = self._pair.read(self._pair.a, block), self._pair.read(self._pair.b, block)
+        gram = SketchedGram(self._pair.width, self._rounding)
         lengths = torch.zeros(2, block.rows, dtype=torch.float64)
-        for rows, _ in self._tiles(block):
+        for rows, _ in self._pair.tiles(block):
             a, b = old[rows].to(torch.float64), new[rows].to(torch.float64)
             signs = row_signs(_unit(a), _unit(b), references, self._rounding)
             lengths[:, rows] = torch.stack([_row_squares(a).sqrt(), _row_squares(b).sqrt() * signs])
@@ -466,10 +435,10 @@ class _Comparison:
 
         PEFT up to 0.13 read a convolution's bytes as (in k k, out).
         """
-        if self._rows > 1:
-            yield self._rows, self._width
-        if len(self._b.shape) > 2 and self._width > 1:
-            yield self._width, self._rows
+        if self._pair.rows > 1:
+            yield self._pair.rows, self._pair.width
+        if len(self._pair.b.shape) > 2 and self._pair.width > 1:
+            yield self._pair.width, self._pair.rows
 
     def _column_gram(self, rows: int, width: int) -> GramResult:
         """Test whether columns are rotated, as far as some of them tell."""
@@ -482,10 +451,10 @@ class _Comparison:
         return gram.result()
 
     def _columns_block(self, width: int, taken: Tensor, step: int, row: int) -> ExactGram:
-        total = self._b.num_elements
+        total = self._pair.b.num_elements
         gram = ExactGram(len(taken), total // width, self._rounding)
         pair = []
-        for ref in (self._a, self._b):
+        for ref in (self._pair.a, self._pair.b):
             size = ref.nbytes // ref.num_elements
             data = read_bytes(ref, row * width * size, min((row + step) * width, total) * size)
             pair.append(data.view(TORCH_DTYPES[ref.dtype]).view(-1, width)[:, taken].T.to(torch.float64))
