@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PEFT_FORMAT = "PEFT BOFT"
-# PEFT keeps a dense matrix for each factor; beyond this many bytes of them the hooks do the same with next to none.
-_PEFT_BYTES = 1 << 29
+# PEFT multiplies dense n-by-n matrices in each run of a layer. Beyond this many multiplications for each of them, m n^3
+# over all layers, that takes minutes where the hooks take seconds.
+_PEFT_LIMIT = {"cpu": 2e10, "cuda": 5e12}
 
 
 @dataclass
@@ -148,7 +149,7 @@ def _peft_may(plan: FoldPlan, device: torch.device) -> bool:
         alone
         and all(a.adapter.format == _PEFT_FORMAT for a in plan.adapters)
         and all(s.view is View.INPUT for _, s in _layers(plan))
-        and sum(4 * x.num_factors * x.num_features**2 for x in layers) <= _PEFT_BYTES
+        and sum(x.num_factors * x.num_features**3 for x in layers) <= _PEFT_LIMIT.get(device.type, 0)
         and _has_peft()
         and (all(x.num_factors == 1 for x in layers) or _has_extension(device))
     )
