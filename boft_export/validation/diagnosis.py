@@ -178,7 +178,7 @@ class Doctor:
         beyond = flipped = 0
         for run in runs:
             x = suspect.before(run)
-            y = suspect.after(run, x, suspect.steps(run.segment))
+            y = suspect.after(run, x, suspect.fused_steps(run.segment))
             z = suspect.stored(run)
             length = torch.maximum(suspect.length(run, x), suspect.length(run, y))
             allowed = half_ulp(z) + _MARGIN * arithmetic * length

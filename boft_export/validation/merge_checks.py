@@ -15,6 +15,7 @@ from boft_export.planning import Action, FoldPlan, TensorPlan
 from boft_export.planning.strength import Course
 from boft_export.planning.tables import TIED_HEADS
 from boft_export.validation.diagnosis import Diagnosis, Doctor
+from boft_export.validation.invariant_checks import check_invariant
 from boft_export.validation.model import Check, Number, Outcome, TensorFacts
 from boft_export.validation.policy import Thresholds
 from boft_export.validation.replay import Comparison
@@ -109,6 +110,7 @@ def check_tensors(
 class _Judge:
     def __init__(self, plan: FoldPlan, course: Course, comparisons: Sequence[Comparison], limits: Thresholds) -> None:
         self._plan = plan
+        self._course = course
         self._limits = limits
         self._doctor = Doctor(limits.arithmetic)
         self._comparisons = comparisons
@@ -121,10 +123,17 @@ class _Judge:
         """Return the checks of one tensor; one that is untouched, as it must be, has none."""
         tensor = comparison.plan
         if tensor.action is Action.FOLD:
-            return [self._rotated(comparison)]
+            return self._rotated_and_invariant(comparison)
         if tensor.action in _WHAT:
             return [self._replaced(comparison)]
         return [self._untouched(comparison)] if comparison.wrong else []
+
+    def _rotated_and_invariant(self, comparison: Comparison) -> list[Check]:
+        replayed = self._rotated(comparison)
+        if replayed.outcome is not Outcome.PASS or not comparison.stored.num_elements:
+            return [replayed]
+        invariant = check_invariant(self._plan, self._course, comparison, self._limits.gram_factor)
+        return [replayed] if invariant is None else [replayed, invariant]
 
     def overall(self, checks: Sequence[Check]) -> list[Check]:
         """Return what the tensors' checks say together."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from boft_export.adapters import View
 from boft_export.checkpoint import TensorRef
+from boft_export.linalg.planner import SMALLEST_STAGE
 from boft_export.pipeline.fold import unrounded
 from boft_export.pipeline.layers import LayerOperator, build_layer
 from boft_export.pipeline.torch_io import TORCH_DTYPES, read_bytes
@@ -64,6 +65,7 @@ class Suspect:
         self._path = course.path
         self.alphas = course.variants[0].strength.of(self.tensor.name)
         self._operators: dict[tuple[int, str], LayerOperator] = {}
+        self._fused: dict[tuple[int, str], LayerOperator] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,6 +83,17 @@ class Suspect:
     def steps(self, segment: Segment) -> list[tuple[Step, LayerOperator]]:
         """Return the steps of a segment as they must be."""
         return [(s, self.operator(s)) for s in segment.steps if self.alphas[s.adapter]]
+
+    def fused_steps(self, segment: Segment) -> list[tuple[Step, LayerOperator]]:
+        """Return the steps of a segment in the dense stages that cost least to apply, for all of a tensor."""
+        fused = []
+        for step, operator in self.steps(segment):
+            key = step.adapter, step.layer.module
+            if key not in self._fused:
+                smallest = SMALLEST_STAGE if step.view is View.INPUT else 1
+                self._fused[key] = replace(operator, rotation=operator.rotation.fused(smallest))
+            fused.append((step, self._fused[key]))
+        return fused
 
     def before(self, run: Run, origin: int | None = None) -> Tensor:
         """Return a run's values before any rotation, float64, flat; of one origin alone where it is named."""
