@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,10 @@ from typer.testing import CliRunner
 import boft_export
 from boft_export.adapters import View
 from boft_export.cli import unmerge as cli
+from boft_export.linalg.bits import as_integers, from_order, to_order
+from boft_export.linalg.rounding import round_once
+from boft_export.pipeline.corrections import corrections, put_right
+from boft_export.pipeline.undo import UndoTensor
 from boft_export.pipeline.unmerge import UnmergeResult, unmerge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -387,6 +393,213 @@ def test_tied_weights(tmp_path: Path) -> None:
     assert_near(after["lm_head.weight"], tensors["model.embed_tokens.weight"], 2)
 
 
+# With a record of the merge
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_record_gives_the_bytes(tmp_path: Path, dtype: str) -> None:
+    base = layers_base(tmp_path / "base", DTYPES[dtype])
+    one, two = (layers_adapter(tmp_path / n, seed=s) for n, s in (("one", 0), ("two", 20)))
+    boft_export.merge(base, [one, two], tmp_path / "plain")
+    boft_export.merge(base, [one, two], tmp_path / "merged", reversible=True)
+    assert weight_files(tmp_path / "merged") == weight_files(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "boft_export.undo").exists()
+    result = unmerge(tmp_path / "merged", [one, two], tmp_path / "out")
+    assert (result.identical, result.exact, result.expected, result.returned) == (True, True, 1, 1)
+    assert weight_files(tmp_path / "out") == weight_files(base)
+    assert not (tmp_path / "out" / "boft_export.undo").exists()
+
+
+@pytest.mark.parametrize(("m", "b"), [(1, 8), (2, 2), (3, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_record_of_extreme_values(tmp_path: Path, dtype: str, m: int, b: int) -> None:
+    """Zeros, signs of zero, subnormal numbers, infinities, and scales of 0 and of all sizes."""
+    kind = DTYPES[dtype]
+    weight = (randn(48, 64) * 10.0 ** randn(48, 1, seed=9)).to(kind)
+    weight[0], weight[1], weight[2, ::3] = 0.0, -0.0, 0.0
+    weight[3] = (randn(64) * torch.finfo(kind).tiny).to(kind)
+    weight[4] = (randn(64) * torch.finfo(kind).smallest_normal * 2.0**-6).to(kind)
+    weight[5] = float("inf")
+    weight[6, 7] = torch.finfo(kind).max / 16
+    base = write_checkpoint(tmp_path / "base", {"a.weight": weight, "one.weight": randn(1, 64).to(kind)})
+    trained = boft_tensors("a", 64, 48, m=m, b=b) | boft_tensors("one", 64, 1, m=m, b=b, seed=1)
+    trained[f"{PRE}a.boft_s"][8:12] = torch.tensor([[0.0], [1e-3], [-1.0], [1e-9]])
+    adapter = write_adapter(tmp_path / "adapter", trained)
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    result = unmerge(tmp_path / "merged", adapter, tmp_path / "out")
+    assert result.identical
+    assert weight_files(tmp_path / "out") == weight_files(base)
+
+
+def test_a_record_has_what_was_replaced(replacing: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = replacing
+    boft_export.merge(base, adapter, merged, reversible=True, overwrite=True)
+    result = unmerge(merged, adapter, tmp_path / "out")
+    assert result.identical
+    same = {"model.safetensors", "config.json"}
+    assert {n: d for n, d in digests(tmp_path / "out").items() if n in same} == {
+        n: d for n, d in digests(base).items() if n in same
+    }
+    kept = unmerge(merged, adapter, tmp_path / "kept", keep_replaced=True)
+    assert kept.identical is False
+    tuned, before = read_folder(merged), read_folder(base)
+    after = read_folder(tmp_path / "kept")
+    assert torch.equal(after["enc.a.weight"], before["enc.a.weight"])
+    assert all(torch.equal(after[n], tuned[n]) for n in tuned.keys() - {"enc.a.weight"})
+
+
+def test_a_record_of_ties_and_fused_rows(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": randn(16, 32).bfloat16(),
+        "model.layers.0.self_attn.qkv_proj.weight": randn(96, 32, seed=1).bfloat16(),
+    }
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_checkpoint(tmp_path / "base", tensors, config)
+    trained = boft_tensors("lm_head", 32, 16) | boft_tensors("model.layers.0.self_attn.k_proj", 32, 32, seed=1)
+    adapter = write_adapter(tmp_path / "adapter", trained)
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    assert "lm_head.weight" in read_folder(tmp_path / "merged")
+    assert unmerge(tmp_path / "merged", adapter, tmp_path / "out").identical
+    assert weight_files(tmp_path / "out") == weight_files(base)
+    assert digests(tmp_path / "out")["config.json"] == digests(base)["config.json"]
+
+
+def test_a_record_of_a_bare_encoder(tmp_path: Path) -> None:
+    """A head that is added gives the other tensors a prefix, which they lose again."""
+    base = write_checkpoint(
+        tmp_path / "base",
+        {"encoder.a.weight": randn(24, 32).bfloat16(), "norm.weight": randn(7).bfloat16()},
+        {"model_type": "bert", "architectures": ["BertModel"]},
+    )
+    trained = boft_tensors("bert.encoder.a", 32, 24) | {f"{PRE}classifier.weight": randn(3, 32)}
+    adapter = write_adapter(tmp_path / "adapter", trained, {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"})
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    assert set(read_folder(tmp_path / "merged")) == {"bert.encoder.a.weight", "bert.norm.weight", "classifier.weight"}
+    assert unmerge(tmp_path / "merged", adapter, tmp_path / "out").identical
+    assert weight_files(tmp_path / "out") == weight_files(base)
+    plain = unmerge(tmp_path / "merged", adapter, tmp_path / "kept", keep_replaced=True)
+    assert plain.exact
+    assert torch.equal(read_folder(tmp_path / "kept")["bert.encoder.a.weight"], read_folder(base)["encoder.a.weight"])
+
+
+def test_a_record_in_other_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True, max_shard_size=2500)
+    result = unmerge(tmp_path / "merged", adapter, tmp_path / "out")
+    assert (result.identical, result.exact) == (None, True)
+    before, after = read_folder(base), read_folder(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_where_a_record_is_not_used(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", boft_tensors("layers.0.up", 32, 24, seed=5))
+    merged = tmp_path / "merged"
+    boft_export.merge(base, [adapter, other], merged, reversible=True)
+    for name, adapters, options, why in (
+        ("last", other, {}, "all 2 adapters together"),
+        ("wide", [adapter, other], {"dtype": "float32"}, "--dtype must be left out"),
+        ("coarse", [adapter, other], {"compute_dtype": "float32"}, "more precisely than now"),
+    ):
+        result = unmerge(merged, adapters, tmp_path / name, **options)
+        assert not result.exact
+        assert [why in n.message for n in result.plan.notices if n.code == "record-unused"] == [True]
+    shutil.rmtree(merged / "boft_export.undo")
+    assert not unmerge(merged, [adapter, other], tmp_path / "without").exact
+    with pytest.raises(boft_export.UsageError, match="another dtype is not reversible"):
+        boft_export.merge(base, adapter, tmp_path / "x", reversible=True, dtype="float32")
+    # A merge on top of a merge takes no record along that is not its own.
+    boft_export.merge(base, adapter, tmp_path / "first", reversible=True)
+    boft_export.merge(tmp_path / "first", other, tmp_path / "second")
+    assert not (tmp_path / "second" / "boft_export.undo").exists()
+
+
+def test_a_damaged_record(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    boft_export.merge(base, adapter, merged, reversible=True)
+    manifest = json.loads((merged / "boft_export.json").read_text())
+    name = "boft_export.undo/model-00001-of-00002.undo"
+    good = (merged / name).read_bytes()
+
+    def refused(data: bytes, said: str, *, told: bool) -> None:
+        (merged / name).write_bytes(data)
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} if told else manifest["undo"][name]
+        changed = manifest | {"undo": manifest["undo"] | {name: entry}}
+        (merged / "boft_export.json").write_text(json.dumps(changed))
+        with pytest.raises(boft_export.InputError, match=said):
+            unmerge(merged, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused(good[:-1], "bytes, boft_export.json says", told=False)
+    refused(bytes([good[0] ^ 1]) + good[1:], "has SHA-256", told=False)
+    for data in (
+        b"",
+        b"x",
+        b"\xff" * 8,
+        b"[]" + (2).to_bytes(8, "little"),
+        good[:-8] + (1 << 60).to_bytes(8, "little"),
+    ):
+        refused(data, "not a sound file that undoes|ends at byte", told=True)
+    length = int.from_bytes(good[-8:], "little")
+    index = json.loads(good[-8 - length : -8])
+    blocks, rest = good[: -8 - length], index["tensors"]
+    first = next(n for n, e in rest.items() if e["blocks"])
+    for key, value in (
+        ("offset", 1 << 40), ("offset", -1), ("blocks", [[0, 1 << 40, 1]]), ("blocks", [[0, 1]]), ("dtype", "F7"),
+        ("shape", [2, 2]), ("shape", "x"), ("name", 5), ("name", "other"), ("name", "layers.1.norm.weight"), ("blocks", [[0.5, 1, 1]]), ("dtype", "F32"),
+    ):  # fmt: skip
+        text = json.dumps(index | {"tensors": rest | {first: rest[first] | {key: value}}}).encode()
+        refused(blocks + text + len(text).to_bytes(8, "little"), "sound|record|no tensor", told=True)
+    broken = bytes(b ^ 0x55 for b in blocks)
+    refused(broken + good[len(blocks) :], r"a block of .* can't be read", told=True)
+    (merged / name).write_bytes(good)
+    (merged / "boft_export.json").write_text(json.dumps(manifest))
+    assert unmerge(merged, adapter, tmp_path / "out").identical
+    # What was written on since can't be put right.
+    file = merged / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(boft_export.DamagedFileError, match="not as they were written"):
+        unmerge(merged, adapter, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    (merged / name).unlink()
+    with pytest.raises(boft_export.DamagedFileError, match="is missing, though"):
+        unmerge(merged, adapter, tmp_path / "again")
+
+
+def test_bits_in_order() -> None:
+    for dtype in DTYPES.values():
+        info = torch.finfo(dtype)
+        sorted_values = [float("-inf"), -1.0, -info.tiny, -0.0, 0.0, info.tiny, 1.0, 1 + info.eps, float("inf")]
+        values = torch.tensor(sorted_values, dtype=dtype)
+        order = to_order(values)
+        assert (order.diff() > 0).all()
+        assert int(order[4] - order[3]) == int(order[7] - order[6]) == 1
+        assert torch.equal(as_integers(from_order(order, dtype)), as_integers(values))
+    everything = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    assert torch.equal(as_integers(from_order(to_order(everything), torch.bfloat16)), as_integers(everything))
+    assert len(to_order(everything).unique()) == 2**16
+
+
+def test_another_machines_sums_are_put_right_too() -> None:
+    """Where undoing gives values that are off as far as sums in another order are, the same base comes out."""
+    base = (randn(1000) * 0.02).bfloat16()
+    exact = base.double() + randn(1000, seed=1).double() * 1e-4
+    # Some values lie in the middle between two numbers, but for the arithmetic's own error.
+    exact[::7] = (base.double() + torch.nextafter(base, torch.ones_like(base)).double())[::7] / 2
+    blocks = list(corrections(base, exact, round_once(exact, torch.bfloat16), 0))
+    data = b"".join(b.data for b in blocks)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        told = tuple((b.start, b.count, len(b.data)) for b in blocks)
+        record = UndoTensor("a", "BF16", (1000,), 0, told, Path(file.name))
+        for seed in range(4):
+            here = exact + randn(1000, seed=seed).double() * 1e-17
+            given = round_once(here, torch.bfloat16)
+            assert seed == 0 or not torch.equal(given, round_once(exact, torch.bfloat16))
+            for start, stop in ((0, 1000), (0, 300), (300, 1000), (999, 1000)):
+                assert torch.equal(put_right(record, start, given[start:stop]), base[start:stop])
+
+
 # However it is run
 
 
@@ -398,19 +611,28 @@ def test_jobs_memory_and_resuming(tmp_path: Path) -> None:
         trained |= boft_tensors(f"layers.{i}.up", 512, 700, m=2, b=4, seed=i)
     adapter = write_adapter(tmp_path / "adapter", trained)
     merged = tmp_path / "merged"
-    boft_export.merge(base, adapter, merged)
-    for jobs, memory in ((1, None), (2, None), (2, "420MiB")):
-        unmerge(merged, adapter, tmp_path / f"out-{jobs}-{memory}", jobs=jobs, max_memory=memory)
-    whole = digests(tmp_path / "out-1-None")
-    assert digests(tmp_path / "out-2-None") == digests(tmp_path / "out-2-420MiB") == whole
+    size = tensors["layers.0.up.weight"].nbytes
+    reversible = partial(boft_export.merge, reversible=True)
+    for name, work, inputs in (
+        ("merged", reversible, (base, adapter)),
+        ("out", unmerge, (merged, adapter)),
+        ("plain", unmerge, (merged, adapter)),
+    ):
+        if name == "plain":
+            shutil.rmtree(merged / "boft_export.undo")
+        for i, (jobs, memory) in enumerate(((1, None), (2, None), (2, "450MiB"))):
+            work(*inputs, tmp_path / f"{name}-{i}", jobs=jobs, max_memory=memory)
+        whole = digests(tmp_path / f"{name}-0")
+        assert digests(tmp_path / f"{name}-1") == digests(tmp_path / f"{name}-2") == whole
+        _killed_in_the_second_file(lambda **o: work(*inputs, tmp_path / name, **o), size)  # noqa: B023  # called here
+        assert not (tmp_path / name).exists()
+        result = work(*inputs, tmp_path / name, resume=True)
+        assert result.resumed == ("model-00001-of-00003.safetensors",)
+        assert digests(tmp_path / name) == whole
+    assert weight_files(tmp_path / "out") == weight_files(base)
 
-    _killed_in_the_second_file(merged, adapter, tmp_path / "out", tensors["layers.0.up.weight"].nbytes)
-    result = unmerge(merged, adapter, tmp_path / "out", resume=True)
-    assert result.resumed == ("model-00001-of-00003.safetensors",)
-    assert digests(tmp_path / "out") == whole
 
-
-def _killed_in_the_second_file(merged: Path, adapter: Path, output: Path, size: int) -> None:
+def _killed_in_the_second_file(work: Callable[..., object], size: int) -> None:
     child = os.fork()
     if child == 0:
 
@@ -418,10 +640,9 @@ def _killed_in_the_second_file(merged: Path, adapter: Path, output: Path, size: 
             if done > size * 1.5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        unmerge(merged, adapter, output, jobs=1, progress=progress)
+        work(jobs=1, progress=progress)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert not output.exists()
 
 
 # The command

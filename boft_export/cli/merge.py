@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Annotated
+
+import typer
 
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
@@ -25,6 +28,9 @@ def command(
     *,
     dtype: opt.Dtype = opt.OutputDtype.KEEP,
     max_shard_size: opt.MaxShardSize = None,
+    reversible: Annotated[
+        bool, typer.Option("--reversible", help="Write what unmerge needs to give the base's bytes again.")
+    ] = False,
     overwrite: opt.Overwrite = False,
     dry_run: opt.DryRun = False,
     device: opt.Device = "auto",
@@ -45,10 +51,10 @@ def command(
     """Fold adapters into a base checkpoint and write a plain one."""
     out = Output(as_json, quiet, verbose, no_progress, resumable=not dry_run)
     with reported(out):
-        from boft_export.pipeline.options import RunOptions
+        from boft_export.pipeline.options import MergeOptions
         from boft_export.planning.strength import Interpolation
 
-        options = RunOptions(
+        options = MergeOptions(
             dtype=dtype.kept,
             compute_dtype=compute_dtype.value,
             device=device,
@@ -58,6 +64,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+            reversible=reversible,
         )
         if dry_run:
             write_nothing(out, base, adapters, output, Interpolation(), options)

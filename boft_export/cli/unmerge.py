@@ -138,6 +138,8 @@ def _show(out: Output, document: Mapping[str, Any]) -> None:
 
 
 def _about(document: Mapping[str, Any]) -> str:
+    if document["exact"]:
+        return "every element the base's by the merge's record, in files laid out otherwise"
     if document["expected"] is None:
         return "nothing was rotated"
     return f"about {_share(document['expected'])} of the rotated elements the base's, the others off by rounding"
@@ -167,4 +169,5 @@ def _table(out: Output, tensors: Mapping[str, Any]) -> None:
 
 
 def _layers(document: Mapping[str, Any]) -> str:
-    return f"{document['layers']['applied']} adapter layers"
+    count = document["layers"]["applied"]
+    return f"{count} adapter layer{'s' if count != 1 else ''}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from boft_export.errors import DamagedFileError
 from boft_export.linalg.bits import as_integers, from_order, to_order
 from boft_export.linalg.rounding import round_once
-from boft_export.pipeline.undo import UndoTensor
+from boft_export.pipeline.undo import Block, UndoTensor
 
 # Elements of a block, about.
 _BLOCK = 1 << 17
@@ -29,24 +29,34 @@ _FARTHEST = 127
 _APART = 128
 
 
-def corrections(base: Tensor, undone: Tensor, given: Tensor) -> Iterator[tuple[int, bytes]]:
-    """Yield blocks of corrections for a tile, each with the number of its elements.
+def corrections(base: Tensor, undone: Tensor, given: Tensor, start: int) -> Iterator[Block]:
+    """Yield blocks of corrections for a tile, where it needs any.
 
     Args:
         base: The base's elements, flat, on the CPU.
         undone: What undoing gives, flat, not yet rounded.
         given: The same, rounded to the base's dtype, on the CPU.
+        start: The tile's first element in the tensor.
     """
     noise = undone.nan_to_num(0.0, 0.0, 0.0).abs().amax() * (torch.finfo(undone.dtype).eps * _APART)
-    low, high = (as_integers(round_once(undone + n, base.dtype).cpu()) for n in (-noise, noise))
-    steps = to_order(base) - to_order(given)
-    # The difference of two integers of 64 bits may itself not fit, which then is as far off as any.
-    near = (steps >= -_FARTHEST) & (steps <= _FARTHEST) & (base.element_size() < undone.element_size())
-    whole = (low != high) | ~near | ~torch.isfinite(given)
-    moved = (steps != 0) & ~whole
+    # The middle lies on the side to which a value was not rounded; below a power of two it is at half the distance.
+    aside = undone + torch.copysign(2 * noise, undone - given.to(undone.device, undone.dtype))
+    whole = as_integers(round_once(aside, base.dtype).cpu()) != as_integers(given)
+    whole |= ~torch.isfinite(given)
+    if base.element_size() >= undone.element_size():
+        whole[:] = True
+    places = ((as_integers(base) != as_integers(given)) & ~whole).nonzero().flatten()
+    distance = to_order(base[places]) - to_order(given[places])
+    near = distance.abs() <= _FARTHEST
+    whole[places[~near]] = True
+    steps = torch.zeros(base.numel(), dtype=torch.int8)
+    steps[places[near]] = distance[near].to(torch.int8)
     count = max(1, round(base.numel() / _BLOCK))
-    for parts in zip(*(x.tensor_split(count) for x in (base, steps, moved, whole)), strict=True):
-        yield parts[0].numel(), _pack(*parts)
+    for parts in zip(*(x.tensor_split(count) for x in (base, steps, whole)), strict=True):
+        size = parts[0].numel()
+        if any(p.any() for p in parts[1:]):
+            yield Block(start, size, _pack(*parts))
+        start += size
 
 
 def put_right(tensor: UndoTensor, start: int, given: Tensor) -> Tensor:
@@ -67,15 +77,22 @@ def put_right(tensor: UndoTensor, start: int, given: Tensor) -> Tensor:
     return given
 
 
-def _pack(base: Tensor, steps: Tensor, moved: Tensor, whole: Tensor) -> bytes:
+def _pack(base: Tensor, steps: Tensor, whole: Tensor) -> bytes:
+    moved = steps != 0
     parts = (
         np.packbits(moved.numpy()),
-        steps[moved].to(torch.int8).numpy(),
+        steps[moved].numpy(),
         np.packbits(whole.numpy()),
         as_integers(base[whole]).numpy(),
     )
-    packed = [zlib.compress(p.tobytes()) if p.any() else b"" for p in parts]
+    packed = [_compress(p.tobytes()) if p.any() else b"" for p in parts]
     return _HEAD.pack(*(len(p) for p in packed)) + b"".join(packed)
+
+
+def _compress(data: bytes) -> bytes:
+    # Noise with runs of zeros: to look for other repetitions takes ten times as long and makes it larger.
+    coder = zlib.compressobj(strategy=zlib.Z_RLE)
+    return coder.compress(data) + coder.flush()
 
 
 def _apply(block: bytes, count: int, part: Tensor, within: slice) -> None:

@@ -8,9 +8,9 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -18,12 +18,15 @@ from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.tensors import FileBytes
 from boft_export.errors import InputError
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
+from boft_export.pipeline.corrections import put_right
 from boft_export.pipeline.fold import Measure, fold
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import LayerCache
-from boft_export.pipeline.memory import TILE_ELEMENTS, ByteBudget, MemoryPlan, chunk_bytes
+from boft_export.pipeline.memory import TILE_ELEMENTS, WAY_BACK_OUTPUTS, ByteBudget, MemoryPlan, chunk_bytes
 from boft_export.pipeline.options import Progress
+from boft_export.pipeline.recorded import RecordedFile
 from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, one_thread, read_bytes
+from boft_export.pipeline.undo import Block, UndoTensor, UndoWriter, undo_name
 from boft_export.pipeline.way_back import WayBack
 from boft_export.planning import Action, FoldPlan, Segment, TensorPlan
 from boft_export.planning.strength import Course, Variant
@@ -42,6 +45,8 @@ class Engine:
         memory: How memory is divided.
         inverse: Undo the adapters, which the plan has in reverse order.
         way_back: Undo each fold again, and count the elements that this gives back.
+        reversible: Write what the way back misses, one file beside each weight file; needs ``way_back``.
+        records: What was so written when the adapters were applied that are undone now, by tensor.
     """
 
     devices: tuple[torch.device, ...]
@@ -50,6 +55,13 @@ class Engine:
     memory: MemoryPlan
     inverse: bool = False
     way_back: bool = False
+    reversible: bool = False
+    records: Mapping[str, UndoTensor] = field(default_factory=dict)
+
+    @property
+    def further_outputs(self) -> int:
+        """How many outputs take as much memory as what is written, or read, to go the way back."""
+        return WAY_BACK_OUTPUTS if self.way_back else 0
 
     def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:
         """Return the operators to fold with, or those that undo the fold."""
@@ -74,11 +86,13 @@ class OutputResult:
         variant: How far it goes.
         tensors: Each tensor's result, in order.
         files: SHA-256 of each weight file written.
+        undo: Size and SHA-256 of each file that undoes it.
     """
 
     variant: Variant
     tensors: tuple[TensorResult, ...]
     files: dict[str, str]
+    undo: dict[str, RecordedFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,8 +128,21 @@ class _Chunk:
     cost: int
 
 
-# What a chunk becomes in one output, and in all of them.
-_Piece = tuple[memoryview, list[Measure]]
+class _Piece(NamedTuple):
+    """What a chunk becomes in one output.
+
+    Attributes:
+        data: Its bytes.
+        measures: What was done to each tile.
+        corrections: What undoing it misses.
+    """
+
+    data: memoryview
+    measures: list[Measure]
+    corrections: Sequence[Block] = ()
+
+
+# What it becomes in all of them.
 _Done = list[_Piece]
 
 
@@ -137,10 +164,10 @@ def run_plan(
     keep_tiles_free_chunks()
     layers = engine.operators(plan, course)
     back = engine.operators(plan, course, back=True) if engine.way_back else None
-    way_back = WayBack(layers, back, engine.compute, correct=False) if back is not None else None
+    way_back = WayBack(layers, back, engine.compute) if back is not None else None
     hashes = InputHashes(plan.input_files())
     variants = course.variants
-    todo = [s for s in plan.shards if any(v.path(s.name) not in staging.done for v in variants)]
+    todo = [s for s in plan.shards if any(n not in staging.done for v in variants for n in _names(s.name, v, engine))]
     total = sum(s.nbytes for s in plan.shards) * len(variants)
     done = total - sum(s.nbytes for s in todo) * len(variants)
     stream = _Stream(todo, course, engine, layers, hashes, way_back)
@@ -148,20 +175,26 @@ def run_plan(
         for shard in todo:
             with contextlib.ExitStack() as opened:
                 writers = [_Writer(shard, v, opened.enter_context(staging.write(v.path(shard.name)))) for v in variants]
+                undo = _undo_writer(plan, shard, staging, opened) if engine.reversible else None
                 done += len(shard.header) * len(writers)
                 for chunk, pieces in stream.take(shard):
                     for writer, piece in zip(writers, pieces, strict=True):
-                        done += writer.add(chunk.tensor, *piece)
+                        done += writer.add(chunk.tensor, piece.data, piece.measures)
+                        if undo is not None:
+                            undo.add(chunk.tensor, piece.corrections)
                     # Else they would be held beside the next ones, for which their bytes are given back.
                     del piece, pieces
                     if progress is not None:
                         progress(done, total, chunk.tensor.name)
+                finished = undo.finish() if undo is not None else None
+            if finished is not None:
+                staging.record(undo_name(shard.name), finished)
             for writer in writers:
                 staging.record(writer.variant.path(shard.name), writer.journal_entry(layers))
     finally:
         stream.close()
     return RunResult(
-        outputs=tuple(_output_result(plan, v, staging.done) for v in variants),
+        outputs=tuple(_output_result(plan, v, staging.done, engine) for v in variants),
         inputs=hashes.digests(),
         resumed=tuple(v.path(s.name) for v in variants for s in plan.shards if s not in todo),
     )
@@ -199,7 +232,7 @@ def replay_plan(plan: FoldPlan, course: Course, engine: Engine) -> Iterator[Repl
     def pieces() -> Iterator[tuple[TensorPlan, memoryview, list[Measure]]]:
         for shard in plan.shards:
             for chunk, made in stream.take(shard):
-                yield chunk.tensor, *made[0]
+                yield chunk.tensor, made[0].data, made[0].measures
 
     try:
         yield Replay(pieces(), hashes, layers)
@@ -267,6 +300,7 @@ class _Stream:
         self._layers = layers
         self._hashes = hashes
         self._back = back
+        self._outputs = len(course.variants) + engine.further_outputs
         self._budget = ByteBudget(engine.memory.in_flight)
         self._ready: queue.SimpleQueue[Future[_Done]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(engine.jobs, "fold", initializer=torch.set_num_threads, initargs=(1,))
@@ -301,10 +335,10 @@ class _Stream:
                 mixtures = [tensor.mixture(segment, v.strength.of(tensor.name)) for v in self._variants]
                 origins = tuple(sorted({i for m in mixtures for i in m}))
                 tile = segment.tile(TILE_ELEMENTS[kind])
-                size = tile * self._engine.memory.tiles(tensor, segment, tile, len(self._variants))
+                size = tile * self._engine.memory.tiles(tensor, segment, tile, self._outputs)
                 for start in range(segment.start, segment.stop, size):
                     stop = min(start + size, segment.stop)
-                    cost = chunk_bytes(tensor, segment, stop - start, len(self._variants))
+                    cost = chunk_bytes(tensor, segment, stop - start, self._outputs)
                     yield _Chunk(tensor, segment, start, stop, origins, cost)
 
     def _read(self, shards: Sequence[Shard[TensorPlan]]) -> None:
@@ -333,7 +367,7 @@ class _Stream:
 
     def _work(self, chunk: _Chunk, data: Mapping[int, torch.Tensor], device: torch.device) -> _Done:
         if chunk.tensor.action is Action.COPY:
-            return [(as_bytes(data[0]), [])] * len(self._variants)
+            return [_Piece(as_bytes(data[0]), [])] * len(self._variants)
         # Outputs for which a tensor goes equally far hold the same.
         made: dict[tuple[float, ...], _Piece] = {}
         wanted = [v.strength.of(chunk.tensor.name) for v in self._variants]
@@ -354,7 +388,7 @@ class _Stream:
         # What stays the base's own keeps its bytes.
         same = not steps and len(mixture) == 1 and ref is tensor.base and ref.dtype == tensor.dtype
         if same or ref.dtype not in TORCH_DTYPES:
-            return as_bytes(data[first]), []
+            return _Piece(as_bytes(data[first]), [])
         elements = {i: data[i].view(TORCH_DTYPES[tensor.origins[i].ref.dtype]) for i in mixture}
         out, measures = fold(
             [(elements[i], weight) for i, weight in mixture.items()],
@@ -370,10 +404,22 @@ class _Stream:
         unsound = sum(int((~torch.isfinite(x)).sum()) for x in brought)
         measures = [replace(m, unsound=0) for m in measures]
         measures[0] = replace(measures[0], unsound=unsound)
+        blocks: Sequence[Block] = ()
         if self._back is not None and len(mixture) == 1:
-            found, _ = self._back.go(out, elements[first], steps, chunk.segment, chunk.start, device)
+            if (record := self._engine.records.get(tensor.name)) is not None:
+                out = put_right(record, chunk.start, out)
+            found, blocks = self._back.go(
+                out,
+                elements[first],
+                steps,
+                chunk.segment,
+                chunk.start,
+                device,
+                correct=self._engine.reversible and ref is tensor.base,
+                tried=self._engine.inverse and record is None,
+            )
             measures[0] += found
-        return as_bytes(out), measures
+        return _Piece(as_bytes(out), measures, blocks)
 
 
 def _width(tensor: TensorPlan, origin: int) -> int:
@@ -394,10 +440,31 @@ def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
     )
 
 
-def _output_result(plan: FoldPlan, variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> OutputResult:
+def _names(shard: str, variant: Variant, engine: Engine) -> list[str]:
+    """Return the files that are written for a shard."""
+    return [variant.path(shard), *([undo_name(shard)] if engine.reversible else [])]
+
+
+def _undo_writer(
+    plan: FoldPlan, shard: Shard[TensorPlan], staging: Staging, opened: contextlib.ExitStack
+) -> UndoWriter:
+    """Open the file that undoes a shard, as long as ``opened`` is."""
+    base = next((f.path for f in plan.base.files if f.name == shard.name), None)
+    return UndoWriter(opened.enter_context(staging.write(undo_name(shard.name))), shard.tensors, base)
+
+
+def _output_result(
+    plan: FoldPlan, variant: Variant, done: Mapping[str, Mapping[str, Any]], engine: Engine
+) -> OutputResult:
     entries = {s.name: done[variant.path(s.name)] for s in plan.shards}
     tensors = tuple(_result(t, entries[s.name]) for s in plan.shards for t in s.tensors)
-    return OutputResult(variant, tensors, {name: entry["sha256"] for name, entry in entries.items()})
+    undo = {n: done[n] for n in (undo_name(s.name) for s in plan.shards if engine.reversible)}
+    return OutputResult(
+        variant,
+        tensors,
+        {name: entry["sha256"] for name, entry in entries.items()},
+        {name: RecordedFile(entry["nbytes"], entry["sha256"]) for name, entry in undo.items()},
+    )
 
 
 def _result(tensor: TensorPlan, entry: Mapping[str, Any]) -> TensorResult:

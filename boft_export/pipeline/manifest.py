@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
-from boft_export.pipeline.recorded import SCHEMA_VERSION
+from boft_export.pipeline.recorded import SCHEMA_VERSION, RecordedFile
 from boft_export.planning import Action, FoldPlan, Step
+from boft_export.planning.output import UNDO_FOLDER
 from boft_export.planning.strength import Strength
 from boft_export.version import __version__
 
@@ -34,6 +36,11 @@ def manifest(
         }
         for i, a in enumerate(plan.adapters)
     ]
+    undo = dict(output.undo)
+    for side in plan.side_files:
+        if side.name.parts[0] == UNDO_FOLDER and side.text is not None:
+            data = side.text.encode()
+            undo[str(side.name)] = RecordedFile(len(data), hashlib.sha256(data).hexdigest())
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "boft-export", "version": __version__},
@@ -43,6 +50,7 @@ def manifest(
         "settings": dict(settings),
         "config_edits": [{"path": list(e.path), "value": e.value, "reason": e.reason} for e in plan.edits],
         "files": {s.name: {"bytes": s.nbytes, "sha256": output.files[s.name]} for s in plan.shards},
+        **({"undo": {n: {"bytes": f.nbytes, "sha256": f.sha256} for n, f in undo.items()}} if undo else {}),
         "tensors": {r.plan.name: tensor_record(r, output.variant.strength) for r in output.tensors},
         "notices": [
             {"level": n.level.value, "code": n.code, "subject": n.subject, "message": n.message} for n in plan.notices

@@ -26,6 +26,8 @@ _MOST_JOBS = 8
 _TILES_ALIVE = 6
 # And while the way back is gone, and what it misses is told.
 _TILES_ALIVE_BACK = 8
+# Outputs' worth of bytes of what the way back misses: at most its elements whole, and two bits and a byte for each.
+WAY_BACK_OUTPUTS = 2
 # What the allocator keeps of the pieces of each further output, with its file's buffer and its digest.
 _OUTPUT_BYTES = 320 << 10
 # Real matrices' worth of memory that finding eigenvectors and taking a power of them needs at once.
@@ -82,8 +84,7 @@ def plan_memory(
         return sum(rotation_bytes(s, course.path, alphas[s.adapter, s.layer.module]) for s in tensor.steps)
 
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
-    # What is missed takes no more than an output that is written whole.
-    outputs = len(course.variants) + way_back
+    outputs = len(course.variants) + (WAY_BACK_OUTPUTS if way_back else 0)
     fixed = RUNTIME_BYTES + scratch + rotations * (1 + way_back) + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     if outputs > 1:

@@ -38,3 +38,14 @@ class RunOptions:
     overwrite: bool = False
     sources: Sources | None = None
     progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class MergeOptions(RunOptions):
+    """How a merge is done.
+
+    Attributes:
+        reversible: Write beside the weights what undoing the merge would miss of the base.
+    """
+
+    reversible: bool = False

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
-from boft_export.pipeline.options import RunOptions
+from boft_export.pipeline.options import MergeOptions, RunOptions
+from boft_export.pipeline.undo import CONFIG_NAME
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.inputs import Ref, Sources
+from boft_export.planning.model import SideFile
 from boft_export.planning.sizes import parse_size
 from boft_export.planning.strength import Course, Interpolation
 
@@ -100,7 +102,16 @@ def prepare(
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
     course = interpolation.course(plan)
     plan = replace(plan, notices=(*interpolation.notices(plan), *plan.notices))
-    return fit_memory(plan, course, output, options, device_type)
+    reversible = is_reversible(options)
+    if reversible and plan.edits and plan.base.config_text is not None:
+        kept = SideFile(PurePosixPath(CONFIG_NAME), text=plan.base.config_text)
+        plan = replace(plan, side_files=(*plan.side_files, kept))
+    return fit_memory(plan, course, output, options, device_type, way_back=reversible)
+
+
+def is_reversible(options: RunOptions) -> bool:
+    """Tell whether what undoes the run is written too."""
+    return isinstance(options, MergeOptions) and options.reversible
 
 
 def check_options(output: Ref, options: RunOptions) -> None:
@@ -114,6 +125,11 @@ def check_options(output: Ref, options: RunOptions) -> None:
         raise UsageError(f"{options.jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
     if options.max_memory is not None:
         parse_size(options.max_memory)
+    if is_reversible(options) and options.dtype is not None:
+        raise UsageError(
+            "a merge into another dtype is not reversible: most of the base's bits are lost in it.",
+            hint="Leave --dtype out, or merge without --reversible.",
+        )
 
 
 def fit_memory(

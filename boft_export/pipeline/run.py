@@ -27,15 +27,18 @@ from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
-from boft_export.pipeline.prepare import Prepared, prepare
+from boft_export.pipeline.prepare import Prepared, is_reversible, prepare
 from boft_export.pipeline.recorded import MANIFEST_NAME
 from boft_export.pipeline.torch_io import resolve_devices
+from boft_export.pipeline.undo import UndoTensor
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.inputs import Ref
 from boft_export.planning.sizes import parse_size
 from boft_export.planning.strength import Course, Interpolation, Strength
 from boft_export.version import __version__
 
+# One in so many bytes of weights goes into corrections, at most, of trained weights.
+_CORRECTIONS = 8
 COMPUTE_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -47,6 +50,8 @@ class Verb:
         name: The command, for the manifest.
         inverse: The adapters are undone.
         way_back: Each fold is undone again.
+        reversible: What that misses is written.
+        records: What was so written, by tensor.
         record: What one output's manifest says was asked for.
         judge: Looks at an output before it is published, given the layers that are untrained, each by its adapter's
             number and its module: returns what to note, or fails.
@@ -62,6 +67,8 @@ class Verb:
     told: Callable[[RunResult, OutputResult], dict[str, Any]] = lambda *_: {}
     inverse: bool = False
     way_back: bool = False
+    reversible: bool = False
+    records: Mapping[str, UndoTensor] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,7 +121,10 @@ def run(
     devices = devices_for(options)
     ready = prepare(base, adapters, output, interpolation, options, devices[0].type)
     asked = (lambda _: {}) if command == "merge" else interpolation.record
-    return carry_out(Verb(command, asked, _check_effect), ready, options, devices)
+    reversible = is_reversible(options)
+    settings = {"reversible": True} if reversible else {}
+    verb = Verb(command, asked, _check_effect, way_back=reversible, reversible=reversible, settings=settings)
+    return carry_out(verb, ready, options, devices)
 
 
 def devices_for(options: RunOptions) -> tuple[torch.device, ...]:
@@ -166,9 +176,18 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[t
     card = card_metadata(plan)
     staging = Staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
     try:
-        _check_disk(plan, course, staging)
+        _check_disk(plan, course, staging, reversible=verb.reversible)
         compute = COMPUTE_DTYPES[options.compute_dtype]
-        engine = Engine(devices, compute, ready.jobs, ready.memory, inverse=verb.inverse, way_back=verb.way_back)
+        engine = Engine(
+            devices,
+            compute,
+            ready.jobs,
+            ready.memory,
+            inverse=verb.inverse,
+            way_back=verb.way_back,
+            reversible=verb.reversible,
+            records=verb.records,
+        )
         done = run_plan(plan, course, staging, engine, options.progress)
         _check_inputs(plan, course, fingerprint, settings)
         manifests = []
@@ -211,11 +230,13 @@ def _check_inputs(plan: FoldPlan, course: Course, fingerprint: str, settings: di
         raise DamagedFileError("an input file changed while it was read.", hint="Run again once nothing writes to it.")
 
 
-def _check_disk(plan: FoldPlan, course: Course, staging: Staging) -> None:
+def _check_disk(plan: FoldPlan, course: Course, staging: Staging, *, reversible: bool) -> None:
     side = sum(f.source.stat().st_size for f in plan.side_files if f.source is not None)
     needed = sum(
         side + sum(s.nbytes for s in plan.shards if v.path(s.name) not in staging.done) for v in course.variants
     )
+    if reversible:
+        needed += needed // _CORRECTIONS + sum(t.base.nbytes for t in plan.tensors if t.base not in (None, t.source))
     free = free_bytes(staging.root)
     if needed > free:
         raise ResourceError(

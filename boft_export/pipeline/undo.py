@@ -39,6 +39,15 @@ def undo_name(weight_file: str) -> str:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Corrections for the elements of a tensor from ``start`` on, ``count`` of them."""
+
+    start: int
+    count: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class UndoTensor:
     """What a file says of a tensor that is not as in the base.
 
@@ -47,7 +56,7 @@ class UndoTensor:
         dtype: Its dtype in the base.
         shape: Its shape in the base.
         offset: Where its blocks, or its bytes, begin in the file.
-        blocks: Of each block of corrections, how many elements it is for, and its size; None where the tensor is whole.
+        blocks: First element, number of elements and size of each block of corrections; None where the tensor is whole.
         path: The file.
     """
 
@@ -55,7 +64,7 @@ class UndoTensor:
     dtype: str = ""
     shape: tuple[int, ...] = ()
     offset: int = 0
-    blocks: tuple[tuple[int, int], ...] | None = None
+    blocks: tuple[tuple[int, int, int], ...] | None = None
     path: Path = Path()
 
     @property
@@ -72,11 +81,10 @@ class UndoTensor:
             DamagedFileError: If the file ends early.
             AccessError: If it can't be read.
         """
-        blocks = self.blocks or ()
-        firsts = accumulate((count for count, _ in blocks), initial=0)
-        offsets = accumulate((size for _, size in blocks), initial=self.offset)
         found = []
-        for (count, size), first, offset in zip(blocks, firsts, offsets, strict=False):
+        blocks = self.blocks or ()
+        offsets = accumulate((size for *_, size in blocks), initial=self.offset)
+        for (first, count, size), offset in zip(blocks, offsets, strict=False):
             if first < stop and start < first + count:
                 data = bytearray(size)
                 FileBytes(self.path, offset).read_into(memoryview(data), 0)
@@ -105,10 +113,10 @@ class UndoWriter:
     Args:
         file: Where to.
         tensors: The weight file's tensors, in order.
-        header: The header of the base's weight file as text; None where the base has no such file.
+        base: The base's weight file of the same name; None where it has none.
     """
 
-    def __init__(self, file: IO[bytes], tensors: Sequence[TensorPlan], header: str | None) -> None:
+    def __init__(self, file: IO[bytes], tensors: Sequence[TensorPlan], base: Path | None) -> None:
         self._file = file
         self._next = iter(tensors)
         self._current = ""
@@ -116,7 +124,7 @@ class UndoWriter:
         self._position = 0
         self._index: dict[str, Any] = {
             "version": _VERSION,
-            "header": header,
+            "header": _header(base) if base is not None else None,
             "tensors": {},
         }
 
@@ -137,12 +145,13 @@ class UndoWriter:
                     base.read_into(piece, start)
                     self._write(piece)
 
-    def add(self, tensor: TensorPlan, elements: int, block: bytes) -> None:
-        """Write the next block of corrections of a tensor that the base has."""
+    def add(self, tensor: TensorPlan, blocks: Sequence[Block]) -> None:
+        """Write the next corrections of a tensor."""
         while self._current != tensor.name:
             self._begin(next(self._next))
-        self._index["tensors"][tensor.name]["blocks"].append([elements, len(block)])
-        self._write(block)
+        for block in blocks:
+            self._index["tensors"][tensor.name]["blocks"].append([block.start, block.count, len(block.data)])
+            self._write(block.data)
 
     def finish(self) -> dict[str, Any]:
         """Write the index; return what the journal notes of the file."""
@@ -187,6 +196,15 @@ def read_record(checkpoint: Checkpoint, recorded: Recorded) -> UndoRecord | None
     return UndoRecord(tensors, headers, config)
 
 
+def _header(file: Path) -> str:
+    """Return the header of a safetensors file."""
+    length = bytearray(_LENGTH)
+    FileBytes(file, 0).read_into(memoryview(length), 0)
+    text = bytearray(int.from_bytes(length, "little"))
+    FileBytes(file, _LENGTH).read_into(memoryview(text), 0)
+    return text.decode()
+
+
 def _check_digest(path: Path, told: RecordedFile) -> None:
     hint = "Copy the whole folder again, or remove the folder to go without."
     digest = hashlib.sha256()
@@ -214,9 +232,9 @@ def _read_index(path: Path, nbytes: int) -> tuple[bytes | None, dict[str, UndoTe
         return bytes(data)
 
     try:
-        end = nbytes - _LENGTH
+        end = max(0, nbytes - _LENGTH)
         start = end - int.from_bytes(read(end, nbytes), "little")
-        if not 0 <= start <= end or end - start > _LARGEST_INDEX:
+        if nbytes < _LENGTH or not 0 <= start <= end or end - start > _LARGEST_INDEX:
             raise ValueError("its index has no sound length")
         index = json.loads(read(start, end))
         if index["version"] != _VERSION:
@@ -233,14 +251,13 @@ def _tensor(entry: Any, path: Path, end: int) -> UndoTensor:  # noqa: ANN401  # 
         return UndoTensor(None)
     name, dtype, offset = entry["name"], entry["dtype"], entry["offset"]
     shape = tuple(entry["shape"])
-    blocks = tuple((count, size) for count, size in entry["blocks"]) if entry["blocks"] is not None else None
+    blocks = tuple((a, b, c) for a, b, c in entry["blocks"]) if entry["blocks"] is not None else None
     numbers = (offset, *shape, *(i for b in blocks or () for i in b))
     if not isinstance(name, str) or dtype not in DTYPE_BITS or any(type(i) is not int or i < 0 for i in numbers):
         raise ValueError("an entry of its index is not what it should be")
-    size = tensor_bytes(dtype, shape) if blocks is None else sum(size for _, size in blocks)
-    # Without blocks a tensor is the base's under another name.
-    if blocks and (dtype not in FLOAT_DTYPES or sum(count for count, _ in blocks) != math.prod(shape)):
-        raise ValueError(f"the blocks of {name} don't add up to its shape")
+    size = tensor_bytes(dtype, shape) if blocks is None else sum(size for *_, size in blocks)
+    if blocks and (dtype not in FLOAT_DTYPES or max(first + count for first, count, _ in blocks) > math.prod(shape)):
+        raise ValueError(f"the blocks of {name} are for other elements than it has")
     if offset + size > end:
         raise ValueError(f"{name} lies beyond its end")
     return UndoTensor(name, dtype, shape, offset, blocks, path)

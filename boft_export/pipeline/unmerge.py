@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import TensorRef
-from boft_export.errors import InputError, Level, Notice, raise_for_errors
+from boft_export.errors import CheckFailedError, DamagedFileError, InputError, Level, Notice, raise_for_errors
 from boft_export.linalg.bits import as_integers
 from boft_export.linalg.interpolation import interpolate_scale
 from boft_export.linalg.rounding import round_once
@@ -22,6 +22,7 @@ from boft_export.pipeline.torch_io import TORCH_DTYPES, read_bytes, read_tensor
 from boft_export.pipeline.unmerge_plan import Brought, UnmergePlan, prepare_unmerge
 from boft_export.planning import FoldPlan
 from boft_export.planning.inputs import Ref, Sources
+from boft_export.planning.output import UNDO_FOLDER
 
 _COMPARED = 1 << 20
 
@@ -36,6 +37,7 @@ class UnmergeResult:
         tensors: What was done to each tensor, and measured.
         expected: The share of the rotated elements that are likely the base's, bit for bit: so many survived a merge
             and an unmerge that were tried on neighbouring values. None where nothing was rotated.
+        exact: The merge's record was there: every element is the base's.
         returned: The share of which merging again gives what is in the merged checkpoint, bit for bit.
         identical: The weight files are the base's, by the SHA-256 that the merge noted; None where it noted none of
             these names.
@@ -47,6 +49,7 @@ class UnmergeResult:
     plan: FoldPlan
     tensors: tuple[TensorResult, ...]
     expected: float | None
+    exact: bool
     returned: float | None
     identical: bool | None
     resumed: tuple[str, ...]
@@ -73,7 +76,8 @@ def unmerge(
 ) -> UnmergeResult:
     """Undo a merge and write what was before it, all or nothing: W = diag(1/s) W' R, rounded once.
 
-    What the merge rounded away is lost: some elements come back as a neighbour of what they were.
+    What the merge rounded away is lost: some elements come back as a neighbour of what they were. Of a merge that was
+    made ``reversible`` a record tells all of that, and the base's bytes come back.
 
     Args:
         merged: The merged checkpoint: a local path or a Hub id.
@@ -93,6 +97,7 @@ def unmerge(
         progress: Called with bytes written, bytes in all, and the tensor's name.
 
     Raises:
+        CheckFailedError: If what comes out by a record is not the base.
         UsageError: If an argument can't be understood, or ``output`` may not be written.
         InputError: If the checkpoint does not hold these adapters, a scale is 0, or what was replaced can't be brought
             back.
@@ -115,19 +120,22 @@ def unmerge(
     undo, ready = prepare_unmerge(
         merged, adapters, output, options, devices[0].type, base=base, keep_replaced=keep_replaced
     )
-    _check_scales(undo)
+    if undo.records is None:
+        # A record has what zeros have left nothing of.
+        _check_scales(undo)
     for brought in undo.brought:
         _check_brought(brought)
     asked = undo.interpolation
     verb = Verb(
         "unmerge",
         record=lambda s: {} if s.is_full else asked.record(s),
-        judge=lambda run, *_: _judge(undo, run),
+        judge=lambda run, written, _: _judge(undo, run, written),
         card=restored_card,
         told=lambda _, written: {"unmerged": _told(undo, written)},
         inverse=True,
         way_back=True,
-        settings={"replaced_from": str(base)} if base is not None else {"keep_replaced": keep_replaced},
+        records=undo.records or {},
+        settings={"keep_replaced": keep_replaced, "base": base is not None, "record": undo.records is not None},
     )
     done = carry_out(verb, ready, options, devices)
     manifest = done.manifests[0]
@@ -136,6 +144,7 @@ def unmerge(
         plan=done.plan,
         tensors=done.outputs[0].tensors,
         expected=manifest["unmerged"]["expected"],
+        exact=undo.records is not None,
         returned=manifest["unmerged"]["returned"],
         identical=manifest["unmerged"]["identical"],
         resumed=done.resumed,
@@ -202,14 +211,33 @@ def _same_bytes(merged: TensorRef, own: TensorRef) -> bool:
     )
 
 
-def _judge(undo: UnmergePlan, run: RunResult) -> list[Notice]:
-    """Note where the merged checkpoint is not as its manifest says."""
+def _judge(undo: UnmergePlan, run: RunResult, written: OutputResult) -> list[Notice]:
+    """Note where the merged checkpoint is not as its manifest says; with a record, compare what came out with the base.
+
+    Raises:
+        DamagedFileError: If a record is there for what is no longer as it was written.
+        CheckFailedError: If what came out by a record is not the base.
+    """
     files = undo.recorded.files if undo.recorded is not None else {}
     changed = [n for n, f in files.items() if run.inputs.get(f"base/{n}", f.sha256) != f.sha256]
     if not changed:
+        _check_identical(undo, written)
         return []
     message = f"{len(changed)} weight files are not as they were written, the first: {changed[0]}"
+    if undo.records is not None:
+        hint = f"Copy the folder again, or remove {UNDO_FOLDER} from it to go without a record."
+        raise DamagedFileError(f"{undo.plan.base.name}: {message}.", hint=hint)
     return [Notice(Level.WARNING, "changed-since", undo.plan.base.name, message, "What was changed stays changed.")]
+
+
+def _check_identical(undo: UnmergePlan, written: OutputResult) -> None:
+    told = undo.recorded.base.sha256 if undo.recorded is not None else {}
+    for name in undo.as_base & told.keys():
+        if written.files[name] != told[name]:
+            raise CheckFailedError(
+                f"{name} came out with SHA-256 {written.files[name]}, the base's has {told[name]}.",
+                hint=f"Remove {UNDO_FOLDER} from the merged checkpoint to go without a record; please report this.",
+            )
 
 
 def _told(undo: UnmergePlan, written: OutputResult) -> dict[str, Any]:
@@ -217,9 +245,11 @@ def _told(undo: UnmergePlan, written: OutputResult) -> dict[str, Any]:
     rotated = [r.measure for r in written.tensors if r.plan.steps and r.measure is not None]
     elements = sum(m.elements for m in rotated if m.returned is not None)
     returned, tried = sum(m.returned or 0 for m in rotated), sum(m.tried for m in rotated)
+    record = undo.records is not None
     known = {n: d for n, d in undo.recorded.base.sha256.items() if n in written.files} if undo.recorded else {}
     return {
         "returned": returned / elements if elements else None,
-        "expected": sum(m.kept for m in rotated) / tried if tried else None,
+        "expected": 1.0 if record and rotated else sum(m.kept for m in rotated) / tried if tried else None,
+        "record": record,
         "identical": all(written.files[n] == d for n, d in known.items()) if len(known) == len(written.files) else None,
     }

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint, TensorRef
-from boft_export.errors import InputError, Level, Notice, UsageError, raise_for_errors
+from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint, Shard, TensorRef
+from boft_export.checkpoint.tensors import tensor_bytes
+from boft_export.errors import DamagedFileError, InputError, Level, Notice, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.options import RunOptions
 from boft_export.pipeline.prepare import Prepared, check_options, fit_memory, keep_off_inputs
 from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_recorded
-from boft_export.planning import FoldPlan, SourcedAdapter, make_plan
+from boft_export.pipeline.undo import UndoRecord, UndoTensor, read_record
+from boft_export.planning import FoldPlan, SourcedAdapter, TensorPlan, make_plan
 from boft_export.planning.alphas import several
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.sizes import parse_size
 from boft_export.planning.strength import Course, Interpolation
 
 _SHOWN = 10
+_NO_RECORD = "Remove its folder to go without."
 _UNFIT = "the adapters can't be undone in this checkpoint"
 
 
@@ -48,6 +53,8 @@ class UnmergePlan:
         course: The same, for the plan.
         recorded: What the merged checkpoint's manifest says; None where it has none.
         brought: What must be in the merged checkpoint if it holds these adapters.
+        records: What the merge recorded of each tensor that undoing it misses something of; None without a record.
+        as_base: The weight files that come out as the base's if all is right.
     """
 
     plan: FoldPlan
@@ -55,6 +62,8 @@ class UnmergePlan:
     course: Course
     recorded: Recorded | None
     brought: tuple[Brought, ...]
+    records: Mapping[str, UndoTensor] | None
+    as_base: frozenset[str]
 
 
 def plan_unmerge(
@@ -64,6 +73,7 @@ def plan_unmerge(
     base: Ref | None = None,
     keep_replaced: bool = False,
     dtype: str | None = None,
+    compute_dtype: str = "float64",
     max_shard_size: str | int | None = None,
     sources: Sources | None = None,
 ) -> UnmergePlan:
@@ -97,51 +107,60 @@ def plan_unmerge(
             hint="Give the folder that boft-export merge wrote.",
         )
     replaced = {t.name: t for t in again.tensors if any(o.adapter is not None for o in t.origins)}
+    record = read_record(checkpoint, recorded) if recorded is not None else None
+    if recorded is not None and record is not None:
+        unfit = _why_unfit(recorded, len(opened), dtype, compute_dtype)
+        if unfit is not None:
+            notices.append(Notice(Level.WARNING, "record-unused", checkpoint.name, f"its record is not used: {unfit}"))
+            record = None
     given: dict[str, TensorRef | None] = {}
     config_text = None
-    if replaced and base is not None:
-        if recorded is not None and len(opened) < len(recorded.adapters):
-            raise InputError(
-                "the base can't give what an adapter replaced that others were applied before.",
-                hint="Undo all adapters at once, or give --keep-replaced.",
-            )
+    if record is not None and not keep_replaced:
+        given, config_text = _of_record(record, checkpoint), record.config_text
+    elif replaced and base is not None:
+        _check_whole(recorded, len(opened))
         original = opener.base(base)
-        given = _of_base(original, checkpoint, make_plan(original, opened))
-        config_text = original.config_text
-        names = [n for n in given if n in replaced]
-        message = f"{len(names)} tensors that an adapter replaced are taken from it: {_names(names)}"
-        notices.append(Notice(Level.INFO, "from-base", original.name, message))
-    elif replaced and keep_replaced:
-        message = f"{len(replaced)} tensors stay as an adapter brought them: {_names(replaced)}"
-        notices.append(Notice(Level.WARNING, "kept-replaced", checkpoint.name, message))
-    elif replaced:
-        raise InputError(
-            f"{checkpoint.name} has {len(replaced)} tensors that an adapter replaced, of which nothing of the base is "
-            f"left: {_names(replaced)}.",
-            hint="Take them from the base with --base BASE, or leave them as they are with --keep-replaced.",
-        )
-    source = _restored(checkpoint, given, config_text)
-    gone = {(s.adapter, s.layer.module) for t in again.tensors if t.name in given for s in t.steps}
+        given, config_text = _of_base(original, checkpoint, make_plan(original, opened)), original.config_text
+    if left := [n for n in replaced if n not in given]:
+        notices.append(_left(checkpoint, left, keep_replaced=keep_replaced))
+    raise_for_errors(notices, _UNFIT)
+
+    # What is not made of the merged tensor's own bytes must not be rotated.
+    gone = {
+        (s.adapter, s.layer.module)
+        for t in again.tensors
+        if t.name in given and t.base is not None and getattr(given[t.name], "source", None) is not t.base.source
+        for s in t.steps
+    }
     stripped = [_stripped(a, {m for i, m in gone if i == number}) for number, a in enumerate(opened)]
     plan = make_plan(
-        source,
+        _restored(checkpoint, given, config_text),
         stripped[::-1],
         dtype=DTYPE_OF_NAME[dtype] if dtype else None,
         max_shard_bytes=parse_size(max_shard_size) if max_shard_size is not None else None,
     )
     # It names the base it was trained on, which a merged checkpoint is not.
     notices += [n for n in plan.notices if n.code != "other-base"]
-    plan = _with_config(replace(plan, notices=tuple(notices)), config_text)
+    headers = record.headers if record is not None and not left else {}
+    shards = tuple(_with_header(s, headers[s.name]) if s.name in headers else s for s in plan.shards)
+    plan = _with_config(replace(plan, notices=tuple(notices), shards=shards), config_text)
     raise_for_errors(plan.notices, _UNFIT)
     rotated = [t.name for t in plan.tensors if t.steps]
     patterns = {p: a for p, a in interpolation.alpha_map.items() if any(fnmatchcase(n, p) for n in rotated)}
     interpolation = replace(interpolation, alpha_map=patterns)
-    brought = tuple(
-        Brought(checkpoint.tensors[t.name], t.source)
-        for t in replaced.values()
-        if not t.steps and _whole_way(recorded, t.name) and t.source is not t.base
+    return UnmergePlan(
+        plan=plan,
+        interpolation=interpolation,
+        course=interpolation.course(plan),
+        recorded=recorded,
+        brought=tuple(
+            Brought(checkpoint.tensors[t.name], t.source)
+            for t in replaced.values()
+            if not t.steps and _whole_way(recorded, t.name)
+        ),
+        records={r.name if (r := given.get(n)) else n: t for n, t in record.tensors.items()} if record else None,
+        as_base=frozenset(s.name for s in shards if headers.get(s.name) == s.header),
     )
-    return UnmergePlan(plan, interpolation, interpolation.course(plan), recorded, brought)
 
 
 def prepare_unmerge(
@@ -170,6 +189,7 @@ def prepare_unmerge(
         base=base,
         keep_replaced=keep_replaced,
         dtype=options.dtype,
+        compute_dtype=options.compute_dtype,
         max_shard_size=options.max_shard_size,
         sources=options.sources,
     )
@@ -220,6 +240,76 @@ def _how_far(
     return Interpolation(recorded.path, (last,), alpha_map=own), []
 
 
+def _check_whole(recorded: Recorded | None, adapters: int) -> None:
+    """Refuse to take from the base what an adapter replaced that stays.
+
+    Raises:
+        InputError: If not all adapters are undone.
+    """
+    if recorded is not None and adapters < len(recorded.adapters):
+        raise InputError(
+            "the base can't give what was there before the last adapters: others were applied before them.",
+            hint="Undo all adapters at once, or give --keep-replaced.",
+        )
+
+
+def _left(checkpoint: Checkpoint, names: Sequence[str], *, keep_replaced: bool) -> Notice:
+    """Return what to note of tensors that an adapter replaced and that nothing brings back."""
+    if keep_replaced:
+        message = f"{len(names)} tensors stay as an adapter brought them: {_names(names)}"
+        return Notice(Level.WARNING, "kept-replaced", checkpoint.name, message)
+    message = (
+        f"has {len(names)} tensors that an adapter replaced, of which nothing of the base is left: {_names(names)}"
+    )
+    hint = "Take them from the base with --base BASE, or leave them as they are with --keep-replaced."
+    return Notice(Level.ERROR, "replaced", checkpoint.name, message, hint)
+
+
+def _why_unfit(recorded: Recorded, adapters: int, dtype: str | None, compute_dtype: str) -> str | None:
+    """Return why a merge's record can't be used; None where it can."""
+    if adapters < len(recorded.adapters):
+        return f"it undoes all {len(recorded.adapters)} adapters together"
+    if dtype is not None:
+        return "it gives the base's own dtypes, so --dtype must be left out"
+    if compute_dtype not in {"float64", recorded.compute_dtype}:
+        return f"the merge was computed in {recorded.compute_dtype}, more precisely than now"
+    return None
+
+
+def _of_record(record: UndoRecord, merged: Checkpoint) -> dict[str, TensorRef | None]:
+    """Return the base's tensor, by a record, for each of a merge's that is not a rotation of it.
+
+    Raises:
+        DamagedFileError: If the record is of other tensors.
+    """
+    found: dict[str, TensorRef | None] = {}
+    for name, told in record.tensors.items():
+        here = merged.tensors.get(name)
+        rotated = told.name is not None and told.whole is None
+        if here is None or (rotated and (here.dtype, here.shape) != (told.dtype, told.shape)):
+            raise DamagedFileError(f"the record of {merged.name} has another {name} than its weights.", hint=_NO_RECORD)
+        if not rotated:
+            found[name] = told.whole
+        elif told.name is not None and told.name != name:
+            found[name] = replace(here, name=told.name)
+    return found
+
+
+def _with_header(shard: Shard[TensorPlan], header: bytes) -> Shard[TensorPlan]:
+    """Return a weight file with the header of the base's, where it has the same tensors at the same places."""
+    if header == shard.header:
+        return shard
+    try:
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        told = sorted((e["data_offsets"], e["dtype"], tuple(e["shape"]), name) for name, e in entries.items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"the header that the record has of {shard.name} is unsound: {error}.") from error
+    ends = list(accumulate((tensor_bytes(t.dtype, t.shape) for t in shard.tensors), initial=0))
+    ours = [([a, b], t.dtype, t.shape, t.name) for (a, b), t in zip(pairwise(ends), shard.tensors, strict=True)]
+    return replace(shard, header=header) if sorted(ours) == told else shard
+
+
 def _whole_way(recorded: Recorded | None, name: str) -> bool:
     """Tell whether each adapter went all the way in a tensor, by the first patterns that could say otherwise."""
     if recorded is None:
@@ -259,6 +349,10 @@ def _restored(merged: Checkpoint, given: Mapping[str, TensorRef | None], config_
         replace(f, tensors=tuple(t for r in f.tensors if (t := given.get(r.name, r)) is not None)) for f in merged.files
     ]
     kept = tuple(f for f in files if f.tensors)
+    names = [t.name for f in kept for t in f.tensors]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise DamagedFileError(f"the record of {merged.name} gives {twice} twice.", hint=_NO_RECORD)
     return replace(merged, files=kept, config_text=config_text or merged.config_text)
 
 

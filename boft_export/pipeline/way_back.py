@@ -14,6 +14,7 @@ from boft_export.pipeline.corrections import corrections
 from boft_export.pipeline.fold import Measure, unrounded
 from boft_export.pipeline.layers import LayerCache, LayerOperator
 from boft_export.pipeline.memory import TILE_ELEMENTS
+from boft_export.pipeline.undo import Block
 from boft_export.planning import Segment, Step
 
 # Of so many tiles one is tried.
@@ -28,13 +29,11 @@ class WayBack:
         there: The operators that fold.
         back: Those that undo.
         compute: The dtype to compute in.
-        correct: Make corrections, which the way back needs to be exact.
     """
 
     there: LayerCache
     back: LayerCache
     compute: torch.dtype
-    correct: bool
 
     def go(
         self,
@@ -44,8 +43,11 @@ class WayBack:
         segment: Segment,
         start: int,
         device: torch.device,
-    ) -> tuple[Measure, list[tuple[int, bytes]]]:
-        """Return how much of a run comes back, and corrections in blocks, each with the number of its elements.
+        *,
+        correct: bool,
+        tried: bool,
+    ) -> tuple[Measure, list[Block]]:
+        """Return how much of a run comes back, and the corrections that the rest needs.
 
         Args:
             result: The folded elements, flat, on the CPU.
@@ -54,6 +56,8 @@ class WayBack:
             segment: Where the run is.
             start: Its first element; a whole number of tiles into the segment.
             device: Where to compute.
+            correct: Make corrections.
+            tried: Try on some tiles how many elements a fold and an unfold keep.
         """
         there = [(s, self.there.get(s, a, device)) for s, a in steps]
         back = [(s, self.back.get(s, a, device)) for s, a in reversed(steps)]
@@ -63,20 +67,20 @@ class WayBack:
             return unrounded([(x, 1.0)], operators, start + offset, compute=self.compute, device=device)[1]
 
         measure = Measure(returned=0)
-        blocks: list[tuple[int, bytes]] = []
+        blocks: list[Block] = []
         for offset in range(0, result.numel(), tile):
             folded, original = result[offset : offset + tile], source[offset : offset + tile]
             undone = apply(folded, back, offset)
             given = round_once(undone, original.dtype).cpu()
             measure += Measure(returned=_same(given, original))
-            if self.correct:
-                blocks += corrections(original, undone, given)
-            elif (start + offset - segment.start) // tile % _TRIED == 0:
-                # What is tried must not be made of what it is compared with: each element's neighbour is as good.
-                tried = from_order(to_order(folded) + 1, folded.dtype)
-                merged = round_once(apply(tried, back, offset), original.dtype)
+            if correct:
+                blocks += corrections(original, undone, given, start + offset)
+            if tried and (start + offset - segment.start) // tile % _TRIED == 0:
+                # What was folded is made of what came of it; each element's neighbour is not, and is as good.
+                other = from_order(to_order(folded) + 1, folded.dtype)
+                merged = round_once(apply(other, back, offset), original.dtype)
                 again = round_once(apply(merged, there, offset), folded.dtype).cpu()
-                measure += Measure(tried=tried.numel(), kept=_same(again, tried))
+                measure += Measure(tried=other.numel(), kept=_same(again, other))
         return measure, blocks
 
 

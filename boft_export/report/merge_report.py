@@ -93,7 +93,8 @@ def unmerge_document(result: UnmergeResult, seconds: float) -> dict[str, Any]:
     """Return what a finished unmerge tells."""
     document = result_document(result.plan, str(result.output), result.manifest, result.resumed, seconds)
     document["merged"] = document.pop("base")
-    return {**document, "expected": result.expected, "returned": result.returned, "identical": result.identical}
+    keys = ("expected", "exact", "returned", "identical")
+    return {**document, **{key: getattr(result, key) for key in keys}}
 
 
 def _measured(plan: FoldPlan, manifest: Mapping[str, Any]) -> dict[str, Any]:
