@@ -104,9 +104,9 @@ def test_kinds(compare: Compare, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def test_false_alarms(compare: Compare) -> None:
     """No correct merge is taken for anything but a rotation: over 200 of them, of all dtypes and sizes."""
-    sizes = [(8, 6, 1, 2), (8, 24, 2, 4), (32, 24, 3, 8), (64, 100, 4, 8), (72, 130, 1, 8)]
+    sizes = [(8, 6, 1, 2), (8, 300, 2, 4), (32, 24, 3, 8), (64, 100, 4, 8), (72, 130, 1, 8)]
     stds = (0.02, 0.3, 1.0)
-    for seed in range(4):
+    for seed in range(4):  # 240 in all
         for n, out, m, b in sizes:
             for std in stds:
                 layer = boft_tensors("x", n, out, m=m, b=b, std=std, seed=seed)
@@ -220,6 +220,20 @@ def test_rotations_lost_in_rounding_are_no_edits(compare: Compare) -> None:
             old = randn(100, 16, seed=seed + 9).bfloat16()
             new = round_once(old.double() @ torch.matrix_exp(skew - skew.T), torch.bfloat16)
             assert compare(old, new).kind not in {ChangeKind.EDIT, ChangeKind.REPLACEMENT}
+
+
+def test_what_stays_zero_is_not_untouched(compare: Compare) -> None:
+    old = randn(30, 16)
+    old[5:] = 0
+    assert compare(old, old @ orthogonal(16).T).kind is ChangeKind.ROTATION
+    row = randn(1, 64)
+    row[:, 4:] = 0
+    turned = row.clone()
+    turned[:, :4] = row[:, :4] @ orthogonal(4).T
+    assert compare(row, turned).kind is ChangeKind.UNKNOWN
+    bias = torch.ones(64)
+    bias[7] = 3
+    assert compare(torch.ones(64), bias).kind is ChangeKind.EDIT
 
 
 def test_nothing_to_compare(compare: Compare) -> None:

@@ -28,6 +28,8 @@ from boft_export.pipeline.torch_io import TORCH_DTYPES, one_thread, read_bytes
 T = TypeVar("T")
 R = TypeVar("R")
 
+# What tells most changed tensors from unchanged ones.
+_GLANCE_BYTES = 1 << 16
 # Blocks that wait for their turn while the first of them is worked at.
 _AHEAD = 1
 # More than a disk can feed.
@@ -184,10 +186,13 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
 def _same_bytes(a: TensorRef, b: TensorRef, pool: ThreadPoolExecutor, report: Progress) -> bool:
     """Tell whether two tensors have the same bytes; stop where they don't."""
 
-    def same(start: int) -> bool:
-        stop = min(start + BLOCK_BYTES, b.nbytes)
+    def same(start: int, size: int = BLOCK_BYTES) -> bool:
+        stop = min(start + size, b.nbytes)
         return np.array_equal(read_bytes(a, start, stop).numpy(), read_bytes(b, start, stop).numpy())
 
+    # What differs mostly does so from the beginning, and then nothing else need be read twice.
+    if not same(0, _GLANCE_BYTES):
+        return False
     done = 0
     for equal in _in_order(pool, same, range(0, b.nbytes, BLOCK_BYTES)):
         if not equal:
@@ -333,7 +338,7 @@ class _Comparison:
         changed = torch.zeros(block.rows, dtype=torch.int64)
         largest, bad, bad_new = 0, 0, 0
         # float32 holds narrower values exactly, and is exact enough for their sketch.
-        narrow = torch.promote_types(old.dtype, torch.promote_types(new.dtype, torch.float32))
+        narrow = torch.float32 if max(old.element_size(), new.element_size()) < 4 else torch.float64
         gram = self._new_gram(narrow)
         for rows, columns in self._pair.tiles(block):
             x, y = old[rows, columns], new[rows, columns].contiguous()
@@ -390,7 +395,11 @@ class _Comparison:
     def _is_edited(self, sums: _Sums) -> bool:
         """Tell whether half of the rows are untouched, and others changed by more than a lost rotation would leave."""
         touched = sums.changed > 0
-        share = touched.double().mean() if self._pair.rows > 1 else sums.changed.sum() / self._pair.width
+        if len(self._pair.b.shape) > 1:
+            # What is zero stays so whatever is done.
+            share = touched.sum() / ((sums.squares > 0) | touched).sum()
+        else:
+            share = sums.changed.sum() / self._pair.width
         jump = (sums.squares_change / sums.changed)[touched]
         steps = 12 * (self._rounding.relative * sums.squares_new / self._pair.width + self._rounding.absolute)[touched]
         return bool(share <= 0.5) and bool((jump > _EDIT_JUMP**2 * steps).any())

@@ -14,7 +14,7 @@ from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, read_bytes
 
 # What a block of the wider tensor is read as at once, and what is computed at once: in a core's cache, in float64.
 BLOCK_BYTES = 4 << 20
-_TILE_ELEMENTS = 1 << 18
+_TILE_ELEMENTS = 1 << 17
 # Rows of a tile and of a block, at least: the sketch of a tile is as wide as its rows, and is touched once for each.
 _TILE_ROWS = 16
 _BLOCK_ROWS = 64
