@@ -376,6 +376,7 @@ def test_refusals(tmp_path: Path) -> None:
         diff(a, b, jobs=0)
     with pytest.raises(ResourceError, match="too few"):
         diff(a, b, max_memory="10MB")
+    assert diff(a, b, max_memory="320MiB") == diff(a, b)
     file = b / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(DamagedFileError):

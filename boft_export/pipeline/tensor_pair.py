@@ -98,7 +98,8 @@ class TensorPair:
         """Return the bytes that comparing them takes at most, with ``jobs`` threads."""
         block = next(self.blocks())
         read = block.rows * block.columns * sum(t.nbytes // t.num_elements for t in (self.a, self.b))
-        tile = min(block.rows * block.columns, max(_TILE_ELEMENTS, _TILE_ROWS * block.columns))
+        by_rows = self.whole and not self.few
+        tile = min(block.rows * block.columns, max(_TILE_ELEMENTS, _TILE_ROWS * block.columns * by_rows))
         # Those of each block that is worked at or waits.
-        sums = 2 * 8 * SKETCH_ROWS * self.width if self.whole and not self.few else 0
+        sums = 2 * 8 * SKETCH_ROWS * self.width * by_rows
         return jobs * (read + tile * 8 * _TILES_ALIVE) + (2 * jobs + 2) * sums + 5 * 8 * self.rows
