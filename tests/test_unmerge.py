@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from typer.testing import CliRunner
 
 import boft_export
 from boft_export.adapters import View
+from boft_export.cli import merge
 from boft_export.cli import unmerge as cli
 from boft_export.linalg.bits import as_integers, from_order, to_order
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.corrections import corrections, put_right
+from boft_export.pipeline.memory import TILE_ELEMENTS
 from boft_export.pipeline.undo import UndoTensor
 from boft_export.pipeline.unmerge import UnmergeResult, unmerge
 
@@ -152,6 +155,26 @@ def test_reshaped_convolutions_come_back(tmp_path: Path) -> None:
     after = read_folder(tmp_path / "out")["conv.weight"]
     assert float((after - weight).norm() / weight.norm()) < 2e-7
     assert not torch.allclose(read_folder(tmp_path / "merged")["conv.weight"], weight, atol=0.01)
+
+
+def test_blocks_that_are_only_nearly_orthogonal(tmp_path: Path) -> None:
+    """OFT's Neumann series: the transposed blocks would be off by far more than rounding."""
+    weight = randn(24, 32)
+    base = write_checkpoint(tmp_path / "base", {"a.weight": weight})
+    config = {
+        "peft_type": "OFT", "peft_version": "0.18.0", "oft_block_size": 8, "r": 4, "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "fan_in_fan_out": False,
+    }  # fmt: skip
+    adapter = write_adapter(
+        tmp_path / "adapter", {f"{PRE}a.oft_R.weight": randn(4, 28, seed=1) * 0.1}, config, drop=("boft_block_num",)
+    )
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    record = json.loads((tmp_path / "merged" / "boft_export.json").read_text())["tensors"]["a.weight"]
+    assert record["orthogonality_residual"] > 1e-3
+    assert unmerge(tmp_path / "merged", adapter, tmp_path / "exact").identical
+    shutil.rmtree(tmp_path / "merged" / "boft_export.undo")
+    unmerge(tmp_path / "merged", adapter, tmp_path / "out")
+    assert_near(read_folder(tmp_path / "out")["a.weight"], weight, 2)
 
 
 def test_several_adapters_and_only_the_last(tmp_path: Path) -> None:
@@ -491,6 +514,43 @@ def test_a_record_in_other_files(base: Path, adapter: Path, tmp_path: Path) -> N
     assert all(torch.equal(after[n], before[n]) for n in before)
 
 
+def test_a_record_of_other_layouts(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """A pickled base becomes safetensors; a sentence-transformers tree keeps its weights in a folder."""
+    tensors = read_folder(base)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    tree = tmp_path / "tree"
+    write_checkpoint(tree / "0_Transformer", tensors)
+    (tree / "modules.json").write_text(json.dumps([{"path": "0_Transformer"}]))
+    # Whoever wrote these headers spelled them otherwise.
+    file = tree / "0_Transformer" / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8 : 8 + length]), indent=1).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    for origin, identical in ((pickled, None), (tree, True)):
+        merged, out = (tmp_path / f"{origin.name}-{n}" for n in ("merged", "out"))
+        boft_export.merge(origin, adapter, merged, reversible=True)
+        result = unmerge(merged, adapter, out)
+        assert (result.identical, result.exact) == (identical, True)
+        weights = [p for p in out.rglob("*.safetensors") if "undo" not in str(p)]
+        found = {k: v for p in weights for k, v in load_file(p).items()}
+        assert all(torch.equal(found[n], t) for n, t in tensors.items())
+        assert weights[0].read_bytes() == file.read_bytes() or origin == pickled
+
+
+def test_another_tile_size_gives_the_same(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU folds at once is larger, so a record can't be for the tiles it was made in."""
+    monkeypatch.setitem(TILE_ELEMENTS, "cpu", 100)
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    for target in (1, 100, 350, 1 << 17):
+        monkeypatch.setitem(TILE_ELEMENTS, "cpu", target)
+        assert unmerge(tmp_path / "merged", adapter, tmp_path / str(target)).identical
+
+
 def test_where_a_record_is_not_used(base: Path, adapter: Path, tmp_path: Path) -> None:
     other = write_adapter(tmp_path / "other", boft_tensors("layers.0.up", 32, 24, seed=5))
     merged = tmp_path / "merged"
@@ -545,7 +605,8 @@ def test_a_damaged_record(base: Path, adapter: Path, tmp_path: Path) -> None:
     first = next(n for n, e in rest.items() if e["blocks"])
     for key, value in (
         ("offset", 1 << 40), ("offset", -1), ("blocks", [[0, 1 << 40, 1]]), ("blocks", [[0, 1]]), ("dtype", "F7"),
-        ("shape", [2, 2]), ("shape", "x"), ("name", 5), ("name", "other"), ("name", "layers.1.norm.weight"), ("blocks", [[0.5, 1, 1]]), ("dtype", "F32"),
+        ("shape", [2, 2]), ("shape", "x"), ("name", 5), ("name", "other"), ("name", "layers.1.norm.weight"),
+        ("blocks", [[0.5, 1, 1]]), ("dtype", "F32"),
     ):  # fmt: skip
         text = json.dumps(index | {"tensors": rest | {first: rest[first] | {key: value}}}).encode()
         refused(blocks + text + len(text).to_bytes(8, "little"), "sound|record|no tensor", told=True)
@@ -648,9 +709,9 @@ def _killed_in_the_second_file(work: Callable[..., object], size: int) -> None:
 # The command
 
 
-def run(arguments: Sequence[object]) -> tuple[int, str, str]:
+def run(arguments: Sequence[object], command: ModuleType = cli) -> tuple[int, str, str]:
     app = typer.Typer()
-    app.command(cli.NAME, epilog=cli.EPILOG)(cli.command)
+    app.command(command.NAME, epilog=command.EPILOG)(command.command)
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     return done.exit_code, done.stdout, done.stderr
 
@@ -675,6 +736,19 @@ def test_the_command(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert (code, "exists" in err) == (2, True)
     code, out, _ = run([tmp_path / "out", adapter, "-o", tmp_path / "again", "--json"])
     assert (code, json.loads(out)["error"]["type"]) == (3, "InputError")
+
+    arguments = [base, adapter, "-o", tmp_path / "merged", "--overwrite", "--reversible"]
+    code, out, err = run(arguments, merge)
+    assert (code, err) == (0, "")
+    assert "in boft_export.undo, from which unmerge gives the base's bytes" in out
+    code, out, _ = run([*arguments, "--json"], merge)
+    assert sorted(json.loads(out)["undo"]) == [f"boft_export.undo/model-0000{i}-of-00002.undo" for i in (1, 2)]
+    code, out, err = run([tmp_path / "merged", adapter, "-o", tmp_path / "out", "--overwrite"])
+    assert (code, err) == (0, "")
+    assert "identical to the base (SHA-256)" in out
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True, overwrite=True, max_shard_size=2500)
+    _, out, _ = run([tmp_path / "merged", adapter, "-o", tmp_path / "out", "--overwrite"])
+    assert "every element the base's by the merge's record, in files laid out otherwise" in out
 
 
 def test_result_is_typed(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def command(
             write_nothing(out, base, adapters, output, Interpolation(), options)
             return
         from boft_export.pipeline.merge import merge
+        from boft_export.planning.output import UNDO_FOLDER
+        from boft_export.planning.sizes import format_size
         from boft_export.report.merge_report import result_document
 
         started = time.monotonic()
@@ -77,4 +79,8 @@ def command(
             result = merge(base, adapters, output, **vars(replace(options, progress=progress)))
         out.notices(result.plan.notices)
         seconds = time.monotonic() - started
-        show_result(out, result_document(result.plan, str(output), result.manifest, result.resumed, seconds))
+        document = result_document(result.plan, str(output), result.manifest, result.resumed, seconds)
+        show_result(out, document)
+        if reversible:
+            size = format_size(sum(f["bytes"] for f in document["undo"].values()))
+            out.line(f"{size} in {UNDO_FOLDER}, from which unmerge gives the base's bytes")

@@ -55,6 +55,7 @@ def result_document(
         "seconds": seconds,
         "resumed_files": list(resumed),
         "files": manifest["files"],
+        **({"undo": manifest["undo"]} if "undo" in manifest else {}),
         "tensors": _measured(plan, manifest),
         "notices": notice_list(plan.notices),
     }
