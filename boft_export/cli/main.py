@@ -8,12 +8,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from boft_export.cli import env, inspect, interpolate, merge, rotation, validate
+from boft_export.cli import diff, env, inspect, interpolate, merge, rotation, unmerge, validate
 from boft_export.version import __version__
 
 app = typer.Typer(
     name="boft-export",
-    help="Fold orthogonal butterfly (BOFT) adapters into checkpoints.",
+    help="Fold orthogonal adapters (BOFT, OFT) into checkpoints, and prove it.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode="rich",
@@ -37,7 +37,7 @@ def _options(
     pass
 
 
-for _command in (merge, interpolate, validate, inspect, rotation, env):
+for _command in (merge, interpolate, unmerge, validate, diff, inspect, rotation, env):
     app.command(_command.NAME, epilog=_command.EPILOG)(_command.command)
 
 
