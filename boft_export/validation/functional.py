@@ -17,6 +17,7 @@ from torch import Tensor
 
 from boft_export.checkpoint.folder import open_checkpoint
 from boft_export.errors import UsageError
+from boft_export.pipeline.allocator import keep_tiles_free_chunks
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import FoldPlan
 from boft_export.planning.model import Action
@@ -125,6 +126,8 @@ def compare_functional(
         raise UsageError(f"{error}.") from error
     checkpoint = open_checkpoint(merged)
     folder = checkpoint.root / checkpoint.folder
+    # What one model held goes back to the system before the next is loaded, on other threads.
+    keep_tiles_free_chunks()
     rounding = _Rounding.of(plan, {n: t.dtype for n, t in checkpoint.tensors.items()})
     with (
         quiet_transformers(),
