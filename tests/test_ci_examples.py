@@ -346,6 +346,7 @@ def test_the_step_ends_as_the_command_does(github: GitHub, stdout: str, code: in
 def test_a_missing_command_is_no_pass(github: GitHub) -> None:
     script(github.programs / "boft-export", "")
     (github.programs / "boft-export").chmod(0o644)
+    (github.programs / "python3").symlink_to(sys.executable)
     done = github.action({"install": "false", "adapters": "a"}, {"PATH": f"{github.programs}:/usr/bin:/bin"})
     assert (done.code in {126, 127}, done.outputs["outcome"]) == (True, "error")
 
@@ -396,10 +397,10 @@ def test_outputs_hold_the_names_of_what_was_written(github: GitHub, name: str) -
         'print(\'{"outcome": "fail"}\')\n'
     )
     script(github.programs / "boft-export", text)
-    done = github.action({"install": "false", "report": name, "json": f"made/{name}.json"}, {})
+    done = github.action({"install": "false", "report": name, "json": f"{name}.d/made.json"}, {})
     assert done.code == 0, done.stderr
-    assert done.outputs == {"outcome": "fail", "report": name, "junit": "", "json": f"made/{name}.json"}
-    assert {p.name for p in github.work.iterdir()} == {name, "made"}
+    assert done.outputs == {"outcome": "fail", "report": name, "junit": "", "json": f"{name}.d/made.json"}
+    assert {p.name for p in github.work.iterdir()} == {name, f"{name}.d"}
 
 
 @pytest.mark.parametrize(
