@@ -59,7 +59,14 @@ class MemoryPlan:
 
 
 def plan_memory(
-    plan: FoldPlan, course: Course, limit: int | None, jobs: int, device: str = "cpu", *, way_back: bool = False
+    plan: FoldPlan,
+    course: Course,
+    limit: int | None,
+    jobs: int,
+    device: str = "cpu",
+    *,
+    way_back: bool = False,
+    beside: int = 0,
 ) -> MemoryPlan:
     """Divide memory for a run.
 
@@ -70,6 +77,7 @@ def plan_memory(
         jobs: Threads that fold.
         device: ``cpu`` or ``cuda``; on a GPU the tiles are in its own memory.
         way_back: Each fold is undone too, and what that misses may be written.
+        beside: Bytes that whoever takes the results needs.
 
     Raises:
         ResourceError: If ``limit`` is too small even for the smallest steps.
@@ -85,7 +93,7 @@ def plan_memory(
 
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
     outputs = len(course.variants) + (WAY_BACK_OUTPUTS if way_back else 0)
-    fixed = RUNTIME_BYTES + scratch + rotations * (1 + way_back) + (outputs - 1) * _OUTPUT_BYTES
+    fixed = RUNTIME_BYTES + beside + scratch + rotations * (1 + way_back) + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     if outputs > 1:
         # Of many outputs the pieces are small, and the allocator keeps a chunk's worth of them.

@@ -133,7 +133,14 @@ def check_options(output: Ref, options: RunOptions) -> None:
 
 
 def fit_memory(
-    plan: FoldPlan, course: Course, output: Ref, options: RunOptions, device_type: str, *, way_back: bool = False
+    plan: FoldPlan,
+    course: Course,
+    output: Ref,
+    options: RunOptions,
+    device_type: str,
+    *,
+    way_back: bool = False,
+    beside: int = 0,
 ) -> Prepared:
     """Return a run that can begin, on as many threads as memory has room for.
 
@@ -144,6 +151,7 @@ def fit_memory(
         options: How it is done.
         device_type: ``cpu`` or ``cuda``.
         way_back: Each fold is undone too.
+        beside: Bytes that whoever takes the results needs.
 
     Raises:
         ResourceError: If memory does not suffice.
@@ -152,7 +160,7 @@ def fit_memory(
     limit = parse_size(options.max_memory) if options.max_memory is not None else None
     while True:
         try:
-            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back)
+            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside)
             return Prepared(plan, course, Path(output), memory, jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.

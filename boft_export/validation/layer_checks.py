@@ -20,6 +20,8 @@ from boft_export.validation.policy import Thresholds
 _EPS = torch.finfo(torch.float64).eps
 # How many times the error that float64 is expected to make is let pass.
 _MARGIN = 16
+# Elements of groups that are measured at once.
+_AT_ONCE = 1 << 20
 # Points of the spectrum that are told.
 _QUANTILES = 20
 
@@ -34,12 +36,9 @@ def layer_facts(adapter: int, layer: AdapterLayer, built: LayerOperator, expecte
         expected: The residual that it has by design.
     """
     groups = built.rotation.groups().blocks
-    eye = torch.eye(groups.shape[-1], dtype=groups.dtype)
-    error = torch.bmm(groups.mT, groups) - eye
-    # Of R^T R = I + E the singular values are sqrt(1 + eig(E)), accurate however small E is.
-    squares = 1 + torch.linalg.eigvalsh(error)
-    sign, log = torch.linalg.slogdet(groups)
-    angles = _angles(groups)
+    # A few groups at a time, so that what is made of them stays small beside them.
+    parts = [_measured(part) for part in torch.split(groups, max(1, _AT_ONCE // groups[0].numel()))]
+    error, norms, squares, sign, log, angles = (torch.cat(x) for x in zip(*parts, strict=True))
     return LayerFacts(
         module=layer.module,
         adapter=adapter,
@@ -47,8 +46,8 @@ def layer_facts(adapter: int, layer: AdapterLayer, built: LayerOperator, expecte
         num_factors=layer.num_factors,
         block_size=layer.block_size,
         group_size=groups.shape[-1],
-        residual=float(error.abs().max()),
-        residual_norm=float(torch.linalg.vector_norm(error)),
+        residual=float(error.max()),
+        residual_norm=float(torch.linalg.vector_norm(norms)),
         expected_residual=expected,
         determinant=float(sign.prod() * log.sum().exp()),
         smallest_singular_value=math.sqrt(max(float(squares.min()), 0.0)),
@@ -57,6 +56,19 @@ def layer_facts(adapter: int, layer: AdapterLayer, built: LayerOperator, expecte
         smallest_scale=None if built.scale is None else float(built.scale.min()),
         largest_scale=None if built.scale is None else float(built.scale.max()),
     )
+
+
+def _measured(groups: Tensor) -> tuple[Tensor, ...]:
+    """Return what is measured of each group, with E = R^T R - I.
+
+    max |E|, the norm of E, the squares of the singular values, sign and logarithm of the determinant, angles.
+    """
+    error = torch.bmm(groups.mT, groups) - torch.eye(groups.shape[-1], dtype=groups.dtype)
+    # Of R^T R = I + E the singular values are sqrt(1 + eig(E)), accurate however small E is.
+    squares = 1 + torch.linalg.eigvalsh(error)
+    sign, log = torch.linalg.slogdet(groups)
+    norms = torch.linalg.matrix_norm(error)
+    return error.abs().amax(dim=(1, 2)), norms, squares.reshape(-1), sign, log, _angles(groups)
 
 
 def _angles(groups: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from boft_export.pipeline.memory import default_jobs
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.tensor_change import ChangeKind, TensorChange, measure_change, workers
 from boft_export.planning.names import matched_names
-from boft_export.planning.tables import TIED_HEADS
+from boft_export.planning.tables import FUSED_ROWS, TIED_HEADS
 from boft_export.validation.model import Check, Number, Outcome, TensorFacts
 from boft_export.validation.policy import Policy
 
@@ -27,6 +27,7 @@ _VERDICTS: dict[ChangeKind, tuple[Outcome, str | None, str]] = {
     ChangeKind.REPLACEMENT: (Outcome.FAIL, "no-rotation-of-base", "it is no rotation of the base's"),
     ChangeKind.UNKNOWN: (Outcome.INCONCLUSIVE, None, "it can't be told"),
 }
+_FUSED = [[fused] for fused, _ in FUSED_ROWS]
 _LOST = {"rotation-dropped": Level.WARNING, "stale-tie": Level.WARNING}
 
 
@@ -137,8 +138,11 @@ def _judge(name: str, ref: TensorRef, change: TensorChange, policy: Policy) -> C
     if len(ref.shape) < 2 and change.kind is ChangeKind.SCALE and 2 * (change.changed or 0) < ref.num_elements:
         # A scale so close to 1 that most elements stay as they are is no likelier than damage to the others.
         outcome, finding, message = _VERDICTS[ChangeKind.EDIT]
-    if len(ref.shape) < 2 and change.kind is ChangeKind.REPLACEMENT:
+    if change.kind is ChangeKind.REPLACEMENT and len(ref.shape) < 2:
         outcome, finding, message = Outcome.INCONCLUSIVE, None, "it is a vector, which any training could have made"
+    elif change.kind is ChangeKind.REPLACEMENT and name.split(".")[-2:-1] in _FUSED:
+        outcome, finding = Outcome.INCONCLUSIVE, None
+        message = "it is fused of parts, each of which may have a rotation of its own"
     if change.nonfinite_new > change.nonfinite:
         outcome, finding = Outcome.FAIL, "not-finite"
         message = f"{change.nonfinite_new - change.nonfinite} elements are not finite, though the base's are"

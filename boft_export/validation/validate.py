@@ -20,15 +20,15 @@ from boft_export.errors import (
 from boft_export.pipeline.engine import Engine
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import inspect_values
-from boft_export.pipeline.memory import default_jobs, plan_memory
-from boft_export.pipeline.options import Progress
+from boft_export.pipeline.memory import default_jobs
+from boft_export.pipeline.options import Progress, RunOptions
+from boft_export.pipeline.prepare import fit_memory
 from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_recorded
 from boft_export.pipeline.run import COMPUTE_DTYPES
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import FoldPlan, SourcedAdapter, make_plan
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.names import matched_names
-from boft_export.planning.sizes import parse_size
 from boft_export.planning.strength import Course, Interpolation
 from boft_export.validation.folder_checks import check_config, check_manifest, check_side_files
 from boft_export.validation.functional import FunctionalLimits, check_functional
@@ -235,9 +235,10 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
         devices = resolve_devices(means.device)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    jobs, limit = _jobs(means.jobs), parse_size(means.max_memory) if means.max_memory is not None else None
-    memory = plan_memory(judged, course, limit - _COMPARED if limit is not None else None, jobs, devices[0].type)
-    engine = Engine(devices, compute, jobs, memory)
+    _jobs(means.jobs)
+    options = RunOptions(max_memory=means.max_memory, jobs=means.jobs)
+    ready = fit_memory(judged, course, "", options, devices[0].type, beside=_COMPARED)
+    engine = Engine(devices, compute, ready.jobs, ready.memory)
     try:
         replayed = replay(judged, course, stored, engine, hashes, means.progress)
     except DamagedFileError as error:
