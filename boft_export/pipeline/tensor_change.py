@@ -64,7 +64,7 @@ class ChangeKind(StrEnum):
     EDIT = "edit"
     """Some rows, or elements of a vector, were changed; at least half are untouched."""
     REPLACEMENT = "replacement"
-    """None of these: other values. A fused weight, of which each part has a rotation of its own, is taken for one too."""
+    """None of these: other values. A fused weight, each part of which has its own rotation, is taken for one."""
     UNKNOWN = "unknown"
     """It could not be told; the reason says why."""
 
