@@ -376,8 +376,19 @@ def test_what_was_replaced(replacing: tuple[Path, Path, Path], tmp_path: Path) -
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) or name == "enc.a.weight"
     assert digests(tmp_path / "whole")["config.json"] == digests(base)["config.json"]
+    (tmp_path / "pickled").mkdir()
+    torch.save(before, tmp_path / "pickled" / "pytorch_model.bin")
+    unmerge(merged, adapter, tmp_path / "whole", base=tmp_path / "pickled", overwrite=True)
+    assert all(torch.equal(t, after[n]) for n, t in read_folder(tmp_path / "whole").items())
     with pytest.raises(boft_export.UsageError, match="both given"):
         unmerge(merged, adapter, tmp_path / "x", base=base, keep_replaced=True)
+    with pytest.raises(boft_export.UsageError, match="would write into the base's folder"):
+        unmerge(merged, adapter, base, base=base, overwrite=True)
+    other = write_checkpoint(tmp_path / "other", {n: t + 1 for n, t in before.items()})
+    with pytest.raises(
+        boft_export.InputError, match=r"other/model\.safetensors has SHA-256 .* the merge was made from"
+    ):
+        unmerge(merged, adapter, tmp_path / "x", base=other)
     with pytest.raises(boft_export.InputError, match="is no merge of"):
         unmerge(merged, adapter, tmp_path / "x", base=_wider(base, tmp_path / "wider"))
 

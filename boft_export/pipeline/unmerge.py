@@ -15,6 +15,7 @@ from boft_export.linalg.bits import as_integers
 from boft_export.linalg.interpolation import interpolate_scale
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
+from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.restored_card import restored_card
 from boft_export.pipeline.run import Verb, carry_out, devices_for
@@ -125,6 +126,7 @@ def unmerge(
         _check_scales(undo)
     for brought in undo.brought:
         _check_brought(brought)
+    _check_base(undo)
     asked = undo.interpolation
     verb = Verb(
         "unmerge",
@@ -172,6 +174,26 @@ def _check_scales(undo: UnmergePlan) -> None:
                 message = f"{zeros} of {scale.numel()} output scales are 0: what they made 0 can't be brought back"
                 notices.append(Notice(Level.ERROR, "zero-scale", layer.module, message, "Go back to the base itself."))
     raise_for_errors(notices, "the merge can't be undone")
+
+
+def _check_base(undo: UnmergePlan) -> None:
+    """Refuse a base that is not the one that was merged into, by its files from which tensors are taken.
+
+    Raises:
+        InputError: If one has another SHA-256 than the merge noted.
+        AccessError: If one can't be read.
+    """
+    told = undo.recorded.base.sha256 if undo.recorded is not None else {}
+    taken = {id(o.ref) for t in undo.plan.tensors for o in t.origins}
+    for file in undo.base.files if undo.base is not None else ():
+        if taken.isdisjoint(map(id, file.tensors)):
+            continue
+        digest = InputHashes({"": file.path}).digests()[""]
+        if told.get(file.name, digest) != digest:
+            raise InputError(
+                f"{file.path} has SHA-256 {digest}, the merge was made from one with {told[file.name]}.",
+                hint="Give the base that was merged into, or leave the tensors as they are with --keep-replaced.",
+            )
 
 
 def _check_brought(brought: Brought) -> None:

@@ -55,6 +55,7 @@ class UnmergePlan:
         brought: What must be in the merged checkpoint if it holds these adapters.
         records: What the merge recorded of each tensor that undoing it misses something of; None without a record.
         as_base: The weight files that come out as the base's if all is right.
+        base: The base, where tensors are taken from it.
     """
 
     plan: FoldPlan
@@ -64,6 +65,7 @@ class UnmergePlan:
     brought: tuple[Brought, ...]
     records: Mapping[str, UndoTensor] | None
     as_base: frozenset[str]
+    base: Checkpoint | None
 
 
 def plan_unmerge(
@@ -115,12 +117,16 @@ def plan_unmerge(
             record = None
     given: dict[str, TensorRef | None] = {}
     config_text = None
+    original = None
     if record is not None and not keep_replaced:
         given, config_text = _of_record(record, checkpoint), record.config_text
     elif replaced and base is not None:
         _check_whole(recorded, len(opened))
-        original = opener.base(base)
+        # The revision and the subfolder that were asked for are the merged checkpoint's.
+        original = replace(opener, revision=None, subfolder=None).base(base)
         given, config_text = _of_base(original, checkpoint, make_plan(original, opened)), original.config_text
+        message = f"{len(given)} tensors and the config are taken from it: {_names(given)}"
+        notices.append(Notice(Level.INFO, "from-base", original.name, message))
     if left := [n for n in replaced if n not in given]:
         notices.append(_left(checkpoint, left, keep_replaced=keep_replaced))
     raise_for_errors(notices, _UNFIT)
@@ -160,6 +166,7 @@ def plan_unmerge(
         ),
         records={r.name if (r := given.get(n)) else n: t for n, t in record.tensors.items()} if record else None,
         as_base=frozenset(s.name for s in shards if headers.get(s.name) == s.header),
+        base=original,
     )
 
 
@@ -194,6 +201,8 @@ def prepare_unmerge(
         sources=options.sources,
     )
     keep_off_inputs(Path(output), undo.plan, merged, adapters)
+    if undo.base is not None:
+        keep_off_inputs(Path(output), replace(undo.plan, base=undo.base), base, adapters)
     return undo, fit_memory(undo.plan, undo.course, output, options, device_type, way_back=True)
 
 
