@@ -23,6 +23,8 @@ from boft_export.errors import BoftExportError, CheckFailedError, DamagedFileErr
 from boft_export.pipeline.interpolate import interpolate
 from boft_export.pipeline.merge import MergeResult, merge
 from boft_export.planning.inputs import Sources
+from boft_export.validation.model import Outcome
+from boft_export.validation.validate import validate
 
 OUT, IN = 8, 16
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.input_layernorm.weight"
@@ -66,6 +68,7 @@ class Desk:
         inputs = options.pop("base"), [self.root / a for a in adapters or ("adapter",)]
         result = merge(*inputs, **options)
         assert_ends_of_the_path(result, *inputs, **options)
+        assert_valid(*inputs, options["output"], options.get("sources"))
         return result
 
     def refuse(self, *parts: str, error: type[BoftExportError] = InputError, **options: Any) -> BoftExportError:
@@ -108,6 +111,18 @@ def assert_ends_of_the_path(result: MergeResult, base: Any, adapters: list[Path]
                 tensor.base.read_into(memoryview(expected))
                 found = written[tensor.name].reshape(-1).view(torch.uint8).numpy().tobytes()[:shared]
                 assert found == bytes(expected), tensor.name
+
+
+def assert_valid(base: Any, adapters: list[Path], output: Path, sources: Sources | None) -> None:
+    """Whatever is merged passes every check of a validation, with its manifest and without it."""
+    manifest = output / "boft_export.json"
+    content = manifest.read_bytes()
+    for kept in (True, False):
+        if not kept:
+            manifest.unlink()
+        found = validate(adapters, base=base, merged=output, sources=sources)
+        assert [c for c in found.checks if c.outcome is not Outcome.PASS and c.level is Level.ERROR] == []
+    manifest.write_bytes(content)
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
