@@ -8,7 +8,7 @@ kernel is rotated instead, by the formula.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def rotate_kernel(weight: Tensor, layers: Sequence[PlainLayer]) -> Tensor:
     return rotated.reshape(weight.shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActivationHooks:
     """The hooks of a linear layer.
 
@@ -102,26 +102,22 @@ class ActivationHooks:
         module: The layer.
         blocks: Each adapter's blocks, in the order in which the adapters apply, in the activations' dtype.
         scale: All scales together.
-        ran: Whether the layer was run.
     """
 
     module: nn.Linear
     blocks: list[Tensor]
     scale: Tensor
-    ran: bool = field(default=False)
 
     @classmethod
-    def install(cls, module: nn.Linear, layers: Sequence[PlainLayer]) -> ActivationHooks:
+    def install(cls, module: nn.Linear, layers: Sequence[PlainLayer]) -> None:
         """Hook a layer; W (R_2 R_1)^T x = W R_1^T (R_2^T x), so the last adapter's rotation comes first."""
         scale = torch.stack([layer.scale for layer in layers]).prod(0)
         hooks = cls(module, [layer.blocks.to(module.weight) for layer in layers], scale.to(module.weight))
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
         module.register_forward_hook(hooks.after)
-        return hooks
 
     def before(self, _module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401  # what torch expects of a hook
         """Rotate what goes in."""
-        self.ran = True
         x = args[0] if args else kwargs["input"]
         for blocks in reversed(self.blocks):
             x = times_rotation(x, blocks)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,25 +44,33 @@ class Reference:
         kind: What applies the adapters: ``peft`` or ``hooks``, and ``hooks and rotated kernels`` with convolutions.
         missing: The parameters that the files lack.
         weights: The parameters that a merge rounds.
-        hooks: Our own hooks, by the modules' names.
+        layers: The adapted modules by name.
+        idle: The names of those that were not run yet.
     """
 
     model: PreTrainedModel
     kind: str
     missing: frozenset[str]
     weights: list[Tensor]
-    hooks: dict[str, ActivationHooks]
+    layers: dict[str, nn.Module]
+    idle: dict[str, None] = field(init=False)
 
-    def check_hooks(self) -> None:
-        """See that each hooked module was run as one.
+    def __post_init__(self) -> None:
+        """Watch the adapted modules."""
+        self.idle = dict.fromkeys(self.layers)
+        for name, module in self.layers.items():
+            module.register_forward_pre_hook(lambda _module, _args, name=name: self.idle.pop(name, None))
+
+    def check_all_ran(self) -> None:
+        """See that each adapted module was run as one.
 
         Raises:
             CannotTellError: If the model goes round one, or the inputs don't reach it.
         """
-        idle = [name for name, hooks in self.hooks.items() if not hooks.ran]
-        if idle:
+        if self.idle:
             raise CannotTellError(
-                f"{len(idle)} of {len(self.hooks)} adapted layers were not run by these inputs, the first: {idle[0]}."
+                f"{len(self.idle)} of {len(self.layers)} adapted layers were not run by these inputs, the first: "
+                f"{next(iter(self.idle))}."
             )
 
 
@@ -122,19 +130,19 @@ def _with_hooks(plan: FoldPlan, device: torch.device) -> Reference:
             )
         layer = read_plain_layer(plan.adapters[step.adapter], step.layer, step.view, len(weight))
         layers.setdefault(found[0], []).append(layer)
-    kind, hooks = "hooks", {}
+    kind, modules = "hooks", {}
     weights = [parameters[n] for n in layers]
     weights += [parameters[n] for name, value in _replaced(plan) for n in find_parameters(parameters, name, value)[:1]]
     for name, own in layers.items():
-        module = model.get_submodule(name.removesuffix(".weight"))
+        module = modules[name.removesuffix(".weight")] = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(module, nn.Conv2d):
             kind = "hooks and rotated kernels"
             module.weight.data.copy_(rotate_kernel(module.weight.data, own))
         elif isinstance(module, nn.Linear):
-            hooks[name] = ActivationHooks.install(module, own)
+            ActivationHooks.install(module, own)
         else:
             raise CannotTellError(f"{name} is in a {type(module).__name__}, which the hooks don't know.")
-    return Reference(model, kind, loaded.missing, weights, hooks)
+    return Reference(model, kind, loaded.missing, weights, modules)
 
 
 # PEFT
@@ -220,7 +228,9 @@ def _with_peft(plan: FoldPlan, device: torch.device) -> Reference:
         adapted.base_model.set_adapter(names)
     # Without its wrapper, which has arguments of its own, the model still has PEFT's layers.
     model = adapted.get_base_model().eval()
-    return Reference(model, "peft", loaded.missing, _applied(plan, model, names), {})
+    weights = _applied(plan, model, names)
+    layers = {s.layer.module: model.get_submodule(s.layer.module) for _, s in _layers(plan)}
+    return Reference(model, "peft", loaded.missing, weights, layers)
 
 
 def _applied(plan: FoldPlan, model: nn.Module, names: list[str]) -> list[Tensor]:
