@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 from junitparser import JUnitXml
 from sabotage import FIRST, SABOTAGES, Bed, make_bed
 from safetensors.torch import load_file, save_file
-from support import write_checkpoint
+from support import boft_tensors, write_adapter, write_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 import boft_export
@@ -261,6 +262,65 @@ def test_inputs_are_left_alone(bed: Bed, tmp_path: Path) -> None:
     run(*merge_of(bed))
     run("--base", bed.base, "--merged", bed.merged)
     assert state() == before
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A language model that runs, an adapter of two factors, and their merge."""
+    torch.manual_seed(8)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    trained = {
+        k: v
+        for i, module in enumerate(("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
+        for k, v in boft_tensors(f"model.layers.0.{module}", 16, 24 if i == 2 else 16, m=2, b=4, seed=i).items()
+    }
+    adapter = write_adapter(tmp_path / "adapter", trained)
+    return tmp_path / "base", adapter, boft_export.merge(tmp_path / "base", adapter, tmp_path / "merged").output
+
+
+def test_functional(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = llama
+    page = tmp_path / "page.html"
+    done = run(adapter, "--base", base, "--merged", merged, "--functional", "--json", "--report", page)
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    facts = document(done)["functional"]
+    assert facts["largest_difference"] <= 4 * facts["noise"] < facts["effect"]
+    assert facts["top1_agreement"] == 1
+    assert "functional" in page.read_text()
+    strict = ("--threshold", "max_kl=0", "--threshold", "min_cosine=1.1")
+    done = run(adapter, "--base", base, "--merged", merged, "--functional", *strict, "--json")
+    assert done.exit_code == 1
+    assert {c["check"] for c in document(done)["checks"] if c["fails"]} == {"functional"}
+
+
+def test_functional_of_a_wrong_merge(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = llama
+    wrong = tmp_path / "wrong"
+    shutil.copytree(merged, wrong)
+    shutil.copy(base / "model.safetensors", wrong)
+    done = run(adapter, "--base", base, "--merged", wrong, "--functional", "--json")
+    assert done.exit_code == 1
+    assert {"not-applied", "functional-difference"} <= {c["finding"] for c in document(done)["checks"] if c["fails"]}
+
+
+def test_functional_of_half_a_merge_is_inconclusive(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = llama
+    boft_export.interpolate(base, adapter, tmp_path / "half", 0.5)
+    done = run(adapter, "--base", base, "--merged", tmp_path / "half", "--functional", "--json")
+    assert done.exit_code == 0
+    assert {c["check"] for c in document(done)["checks"] if c["outcome"] == "inconclusive"} == {"functional"}
+
+
+def test_functional_by_texts_needs_a_tokenizer(llama: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = llama
+    done = run(adapter, "--base", base, "--merged", merged, "--text", "a b", "--json")
+    assert done.exit_code == 3
+    assert "tokenizer" in document(done)["error"]["message"]
 
 
 def test_an_interpolation_is_judged_as_what_it_says_it_is(bed: Bed, tmp_path: Path) -> None:

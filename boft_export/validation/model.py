@@ -121,7 +121,8 @@ class FunctionalFacts:
     """The merged model's outputs beside those of base and adapter.
 
     Attributes:
-        reference: What applied the adapter: ``peft``, or ``hooks`` of our own that rotate activations.
+        reference: What applied the adapter: ``peft``, or ``hooks`` of our own that rotate activations, or ``hooks and
+            rotated kernels`` where convolutions larger than 1x1 are adapted.
         inputs: What was run: ``random``, ``text`` or ``images``.
         samples: How many inputs.
         outputs: What was compared: ``logits`` or ``embeddings``.

@@ -103,8 +103,11 @@ def validate(
         plan = _check_fit(checkpoint, opened, found)
     other = _open_merged(merged, places, found) if merged is not None else None
     if other is not None and plan is not None:
-        _check_merge(plan, other, asked, _Means(device, max_memory, jobs, progress), found)
-        if functional is not None:
+        whole = _check_merge(plan, other, asked, _Means(device, max_memory, jobs, progress), found)
+        if functional is not None and not whole:
+            message = "it goes only part of the way, which no adapter applied on the fly does"
+            found.checks.append(Check("functional", "", Outcome.INCONCLUSIVE, message))
+        elif functional is not None:
             limits = asked.thresholds
             bounds = FunctionalLimits(limits.functional_factor, limits.max_kl, limits.min_top1, limits.min_cosine)
             facts, checks = check_functional(plan, other.root, functional, bounds, device=device)
@@ -214,8 +217,8 @@ def _open_merged(merged: Ref, sources: Sources, found: _Found) -> Checkpoint | N
         return None
 
 
-def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Means, found: _Found) -> None:
-    """Judge a merged checkpoint against the merge of base and adapters."""
+def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Means, found: _Found) -> bool:
+    """Judge a merged checkpoint against the merge of base and adapters; tell whether it goes all the way."""
     stored, rules = matched_names([t.name for t in plan.tensors], merged.tensors)
     if rules:
         message = f"tensors have other names than the base's: {', '.join(map(str, rules))}"
@@ -229,6 +232,7 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
     recorded = _read_manifest(merged, found)
     course, compute, checks = _as_recorded(plan, recorded)
     found.checks += checks
+    whole = course.variants[0].strength.is_full
     judged = judged_plan(plan, stored := fitting(plan, stored))
     hashes = InputHashes({f.name: f.path for f in merged.files} if recorded is not None else {})
     try:
@@ -244,12 +248,13 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
     except DamagedFileError as error:
         # The base's headers were sound, and so were the merged checkpoint's: one of them was cut short since.
         found.checks.append(Check("files", "", Outcome.FAIL, error.message, finding="damaged-file", hint=error.hint))
-        return
+        return whole
     if recorded is not None:
         found.checks += check_manifest(recorded, plan, replayed.inputs, replayed.files)
     checks, tensors = check_tensors(judged, course, replayed.comparisons, policy.thresholds)
     found.checks += checks
     found.tensors += tensors
+    return whole
 
 
 def _read_manifest(merged: Checkpoint, found: _Found) -> Recorded | None:
