@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,8 +154,7 @@ def diff(
     old, new = where.base(a), (new_sources or replace(where, revision=None)).base(b)
     common = [(t, new.tensors[name]) for name, t in old.tensors.items() if name in new.tensors]
     pairs = [(x, y) for x, y in common if x.shape == y.shape]
-    with workers(_jobs(pairs, max_memory, jobs)) as pool:
-        tensors = tuple(_compared(pairs, pool, progress))
+    tensors = tuple(compare_pairs(pairs, max_memory=max_memory, jobs=jobs, progress=progress))
     return Diff(
         old.name,
         new.name,
@@ -172,7 +170,7 @@ def _rank(change: TensorChange) -> float:
     return float("inf") if change.relative_change is None else change.relative_change
 
 
-def _jobs(pairs: list[tuple[TensorRef, TensorRef]], max_memory: str | int | None, jobs: int | None) -> int:
+def _jobs(pairs: Sequence[tuple[TensorRef, TensorRef]], max_memory: str | int | None, jobs: int | None) -> int:
     """Return how many threads compare.
 
     Raises:
@@ -195,21 +193,29 @@ def _jobs(pairs: list[tuple[TensorRef, TensorRef]], max_memory: str | int | None
     )
 
 
-def _compared(
-    pairs: list[tuple[TensorRef, TensorRef]], pool: ThreadPoolExecutor, progress: Progress | None
+def compare_pairs(
+    pairs: Sequence[tuple[TensorRef, TensorRef]],
+    *,
+    max_memory: str | int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[TensorDiff]:
-    """Yield what was done to each tensor."""
+    """Yield what was done to each tensor of pairs of one shape each, by the name of the first.
+
+    Arguments and errors are those of ``diff``.
+    """
     keep_tiles_free_chunks()
     total, done = sum(y.nbytes for _, y in pairs), 0
-    for x, y in pairs:
-        start = done
+    with workers(_jobs(pairs, max_memory, jobs)) as pool:
+        for x, y in pairs:
+            start = done
 
-        def report(part: int, _whole: int, name: str, start: int = start) -> None:
-            if progress is not None:
-                progress(start + part, total, name)
+            def report(part: int, _whole: int, name: str, start: int = start) -> None:
+                if progress is not None:
+                    progress(start + part, total, name)
 
-        yield TensorDiff(x.name, x.dtype, y.dtype, y.shape, measure_change(x, y, pool=pool, progress=report))
-        done += y.nbytes
+            yield TensorDiff(x.name, x.dtype, y.dtype, y.shape, measure_change(x, y, pool=pool, progress=report))
+            done += y.nbytes
 
 
 def _lone(one: Checkpoint, other: Checkpoint) -> tuple[Lone, ...]:

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 
 from boft_export.checkpoint import Checkpoint, TensorRef
 from boft_export.errors import Level
-from boft_export.pipeline.memory import default_jobs
+from boft_export.pipeline.diff import compare_pairs
 from boft_export.pipeline.options import Progress
-from boft_export.pipeline.tensor_change import ChangeKind, TensorChange, measure_change, workers
+from boft_export.pipeline.tensor_change import ChangeKind, TensorChange
 from boft_export.planning.names import matched_names
 from boft_export.planning.tables import FUSED_ROWS, TIED_HEADS
 from boft_export.validation.model import Check, Number, Outcome, TensorFacts
@@ -32,7 +32,13 @@ _LOST = {"rotation-dropped": Level.WARNING, "stale-tie": Level.WARNING}
 
 
 def check_without_adapter(
-    base: Checkpoint, merged: Checkpoint, policy: Policy, jobs: int | None, progress: Progress | None
+    base: Checkpoint,
+    merged: Checkpoint,
+    policy: Policy,
+    *,
+    max_memory: str | int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Check], list[TensorFacts]]:
     """Compare a merged checkpoint with its base, tensor by tensor, in bounded memory.
 
@@ -42,46 +48,42 @@ def check_without_adapter(
         base: The base.
         merged: The merged checkpoint.
         policy: Thresholds, and which tensors may change in any way.
+        max_memory: Bytes that the whole process may take.
         jobs: Threads that compute; None for the default.
         progress: Called with bytes compared, bytes in all, and the tensor's name.
 
     Raises:
+        UsageError: If ``jobs`` or ``max_memory`` says nothing.
         DamagedFileError: If a file ends early.
         AccessError: If a file can't be read.
+        ResourceError: If memory does not suffice.
     """
     stored, rules = matched_names(list(base.tensors), merged.tensors)
     checks: list[Check] = []
     if rules:
         message = f"tensors have other names than the base's: {', '.join(map(str, rules))}"
         checks.append(Check("layout", "names", Outcome.PASS, message))
+    pairs: dict[str, tuple[TensorRef, TensorRef]] = {}
+    for name, ref in base.tensors.items():
+        other = stored.pop(name, None)
+        if other is None or other.shape != ref.shape:
+            checks.append(_unlike(name, ref, other, policy))
+        else:
+            pairs[name] = ref, other
+    heads = set()
+    for name, ref in stored.items():
+        if (partner := _tied_to(name, ref, base)) is not None:
+            pairs[name] = partner, ref
+            heads.add(name)
+            continue
+        outcome = Outcome.PASS if _may_change(name, policy) else Outcome.INCONCLUSIVE
+        checks.append(Check("layout", name, outcome, "the base has no such tensor"))
     facts: list[TensorFacts] = []
-    done, total = 0, merged.nbytes
-    with workers(jobs or default_jobs()) as pool:
-        for name, ref in base.tensors.items():
-            other = stored.pop(name, None)
-            if other is None or other.shape != ref.shape:
-                checks.append(_unlike(name, ref, other, policy))
-                continue
-            before = done
-
-            def report(part: int, _whole: int, tensor: str, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + part, total, tensor)
-
-            change = measure_change(ref, other, pool=pool, progress=report)
-            done += other.nbytes
-            facts.append(_facts(name, other, change))
-            if change.kind not in (ChangeKind.IDENTICAL, ChangeKind.CONVERTED):
-                checks.append(_judge(name, other, change, policy))
-        for name, ref in stored.items():
-            partner = _tied_to(name, ref, base)
-            if partner is not None:
-                change = measure_change(partner, ref, pool=pool)
-                facts.append(_facts(name, ref, change))
-                checks.append(_judge(name, ref, change, policy))
-                continue
-            outcome = Outcome.PASS if _may_change(name, policy) else Outcome.INCONCLUSIVE
-            checks.append(Check("layout", name, outcome, "the base has no such tensor"))
+    compared = compare_pairs(list(pairs.values()), max_memory=max_memory, jobs=jobs, progress=progress)
+    for (name, (_, ref)), found in zip(pairs.items(), compared, strict=True):
+        facts.append(_facts(name, ref, found.change))
+        if name in heads or found.change.kind not in (ChangeKind.IDENTICAL, ChangeKind.CONVERTED):
+            checks.append(_judge(name, ref, found.change, policy))
     return [_applied(facts), *checks], facts
 
 

@@ -20,7 +20,6 @@ from boft_export.errors import (
 from boft_export.pipeline.engine import Engine
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import inspect_values
-from boft_export.pipeline.memory import default_jobs
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.prepare import fit_memory
 from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_recorded
@@ -93,8 +92,9 @@ def validate(
         ResourceError: If memory does not suffice.
     """
     refs = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    _check_request(refs, base, merged, functional)
+    _check_request(refs, base, merged, functional, jobs)
     asked, places = policy or Policy(), sources or Sources()
+    means = _Means(device, max_memory, jobs, progress)
     found = _Found()
     opened, checkpoint = _open(refs, base, merged, places)
     readable = _check_adapters(opened, asked, found)
@@ -103,7 +103,7 @@ def validate(
         plan = _check_fit(checkpoint, opened, found)
     other = _open_merged(merged, places, found) if merged is not None else None
     if other is not None and plan is not None:
-        whole = _check_merge(plan, other, asked, _Means(device, max_memory, jobs, progress), found)
+        whole = _check_merge(plan, other, asked, means, found)
         if functional is not None and not whole:
             message = "it goes only part of the way, which no adapter applied on the fly does"
             found.checks.append(Check("functional", "", Outcome.INCONCLUSIVE, message))
@@ -114,7 +114,7 @@ def validate(
             found.functional = facts
             found.checks += checks
     elif other is not None and not refs and checkpoint is not None:
-        _check_by_base(checkpoint, other, asked, jobs, progress, found)
+        _check_by_base(checkpoint, other, asked, means, found)
     return Validation(
         adapters=tuple(a.name for a in opened),
         base=checkpoint.name if checkpoint is not None else None,
@@ -138,13 +138,19 @@ class _Means:
 
 
 def _check_request(
-    refs: Sequence[Ref], base: Ref | None, merged: Ref | None, functional: FunctionalInputs | None
+    refs: Sequence[Ref],
+    base: Ref | None,
+    merged: Ref | None,
+    functional: FunctionalInputs | None,
+    jobs: int | None,
 ) -> None:
     if not refs and (base is None or merged is None):
         raise UsageError(
             "there is nothing to judge: no adapter was given.",
             hint="Give an adapter, or without one both --base and --merged.",
         )
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"{jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
     if functional is not None and (merged is None or not refs):
         raise UsageError("--functional compares a merged model with base and adapter.", hint="Give --merged as well.")
 
@@ -239,7 +245,6 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
         devices = resolve_devices(means.device)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    _jobs(means.jobs)
     options = RunOptions(max_memory=means.max_memory, jobs=means.jobs)
     ready = fit_memory(judged, course, "", options, devices[0].type, beside=_COMPARED)
     engine = Engine(devices, compute, ready.jobs, ready.memory)
@@ -267,13 +272,13 @@ def _read_manifest(merged: Checkpoint, found: _Found) -> Recorded | None:
         return None
 
 
-def _check_by_base(
-    base: Checkpoint, merged: Checkpoint, policy: Policy, jobs: int | None, progress: Progress | None, found: _Found
-) -> None:
+def _check_by_base(base: Checkpoint, merged: Checkpoint, policy: Policy, means: _Means, found: _Found) -> None:
     """Judge a merged checkpoint by its base alone."""
     recorded = _read_manifest(merged, found)
     try:
-        checks, tensors = check_without_adapter(base, merged, policy, _jobs(jobs), progress)
+        checks, tensors = check_without_adapter(
+            base, merged, policy, max_memory=means.max_memory, jobs=means.jobs, progress=means.progress
+        )
         if recorded is not None:
             inputs = InputHashes({f"base/{f.name}": f.path for f in base.files}).digests()
             files = InputHashes({f.name: f.path for f in merged.files}).digests()
@@ -283,12 +288,6 @@ def _check_by_base(
         return
     found.checks += checks
     found.tensors += tensors
-
-
-def _jobs(jobs: int | None) -> int:
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"{jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
-    return jobs if jobs is not None else default_jobs()
 
 
 def _as_recorded(plan: FoldPlan, recorded: Recorded | None) -> tuple[Course, torch.dtype, list[Check]]:
