@@ -152,7 +152,8 @@ def test_same_bytes(job: Job, tmp_path: Path, jobs: int, spare: int | None) -> N
 
 def rotated(weight: Tensor, trained: dict[str, Tensor], module: str) -> Tensor:
     """Return a large layer's merged weight in float64: the formula, block by block, on the weight itself."""
-    x = weight.double().flatten(1)
+    # A row for each feature, so that a block's features are runs of memory.
+    x = weight.double().flatten(1).T.contiguous()
     blocks = trained[f"base_model.model.{module}.boft_R"].double()
     b = blocks.shape[-1]
     eye, h = torch.eye(b, dtype=torch.float64), b // 2
@@ -162,8 +163,8 @@ def rotated(weight: Tensor, trained: dict[str, Tensor], module: str) -> Tensor:
         g, j = divmod(d, 2**i)
         first, second = g * b * 2**i + j * h, g * b * 2**i + (j + 2**i) * h
         index = torch.tensor([*range(first, first + h), *range(second, second + b - h)])
-        x[:, index] = x[:, index] @ q[i, d].T
-    return (trained[f"base_model.model.{module}.boft_s"].double() * x).view(weight.shape)
+        x[index] = q[i, d] @ x[index]
+    return (trained[f"base_model.model.{module}.boft_s"].double() * x.T).reshape(weight.shape)
 
 
 def test_result_is_right_and_the_rest_untouched(job: Job, tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_valid(bed: Bed, tmp_path: Path) -> None:
     assert {layer["module"] for layer in found["layers"]} == {n.removesuffix(".weight") for n in bed.rotated}
 
 
-@pytest.mark.parametrize("name", SABOTAGES)
+@pytest.mark.parametrize(
+    "name", ["base-copied", "bfloat16", "bit-of-untouched", "truncated", "nan", "tie-kept", "bias-lost"]
+)
 def test_every_failure_is_told_in_every_form(name: str, bed: Bed, tmp_path: Path) -> None:
     _, finding, _ = SABOTAGES[name]
     spoil(bed, name)
