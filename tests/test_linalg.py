@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -438,3 +440,25 @@ def test_float32_is_rounded_once_by_its_cast(dtype):
     x = (randn(2000) * torch.logspace(-45, 38, 2000, dtype=FLOAT64)).float()
     expected = torch.tensor([nearest(v, dtype) for v in x.tolist()], dtype=FLOAT64)
     assert same(round_once(x, dtype), expected)
+
+
+def test_large_blocks_are_right_whatever_was_done_to_the_threads() -> None:
+    """In a process of its own: torch's batched LU is wrong once a number of threads was set."""
+    code = """
+import torch
+from boft_export.linalg.batched_lu import inverse, log_determinant, solve
+from boft_export.linalg.cayley import cayley, skew
+torch.set_num_threads(1)
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(0)
+for n in (63, 64, 160, 300):
+    eye = torch.eye(n, dtype=torch.float64)
+    q = cayley(skew(torch.randn(2, 2, n, n, generator=generator, dtype=torch.float64) * 0.1))
+    assert q.shape == (2, 2, n, n)
+    assert (q.mT @ q - eye).abs().max() < 1e-12
+    assert (inverse(q) - q.mT).abs().max() < 1e-12
+    assert (solve(q, q @ q) - q).abs().max() < 1e-12
+    sign, log = log_determinant(q)
+    assert sign.shape == (2, 2) and (sign == 1).all() and log.abs().max() < 1e-10
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

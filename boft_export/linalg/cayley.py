@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from boft_export.linalg.batched_lu import solve
+
 
 def skew(a: Tensor) -> Tensor:
     """Return the skew part (A - A^T) / 2 of ``a``, shape (..., b, b)."""
@@ -43,5 +45,4 @@ def cayley(s: Tensor) -> Tensor:
     """
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     # The two factors are functions of S and commute, so a solve from the left gives the same product.
-    q: Tensor = torch.linalg.solve(eye + s, eye - s)
-    return q
+    return solve(eye + s, eye - s)

@@ -14,6 +14,7 @@ from torch import Tensor
 from boft_export.adapters import AdapterLayer, Pairing, Parametrization, Storage, View
 from boft_export.errors import InputError, Level, Notice
 from boft_export.linalg import neumann
+from boft_export.linalg.batched_lu import inverse
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, from_triangle, shrink, skew
 from boft_export.linalg.interpolation import interpolate_rotation, interpolate_scale
@@ -74,7 +75,7 @@ class LayerOperator:
         if self.weight != 1:
             raise ValueError("a weighted sum of weights before and after a rotation is not undone by a rotation")
         # Blocks that are only nearly orthogonal are not undone by their transposes.
-        factors = (Factor(torch.linalg.inv(f.blocks), f.index) for f in reversed(self.rotation.factors))
+        factors = (Factor(inverse(f.blocks), f.index) for f in reversed(self.rotation.factors))
         scale = None if self.scale is None else torch.where(self.scale == 0, 0, 1 / self.scale)
         return LayerOperator(Rotation(tuple(factors)), scale)
 

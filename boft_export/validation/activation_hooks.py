@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
+from boft_export.linalg.batched_lu import inverse
 from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import SourcedAdapter
 from boft_export.validation.functional_models import CannotTellError
@@ -46,7 +47,7 @@ def read_plain_layer(source: SourcedAdapter, layer: AdapterLayer, view: View, ou
     trained = read_tensor(source.refs[layer.blocks])
     skew = (trained - trained.mT) / 2
     eye = torch.eye(layer.block_size, dtype=torch.float64)
-    blocks = (eye - skew) @ torch.linalg.inv(eye + skew)
+    blocks = (eye - skew) @ inverse(eye + skew)
     scale = torch.ones(outputs, dtype=torch.float64)
     if layer.scale is not None:
         scale = read_tensor(source.refs[layer.scale]).reshape(-1)

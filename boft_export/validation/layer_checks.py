@@ -11,6 +11,7 @@ from torch import Tensor
 
 from boft_export.adapters import AdapterLayer
 from boft_export.errors import InputError, Level
+from boft_export.linalg.batched_lu import log_determinant
 from boft_export.linalg.rotation import Rotation
 from boft_export.pipeline.layers import LayerOperator, build_layer, expected_residual
 from boft_export.planning import SourcedAdapter
@@ -66,7 +67,7 @@ def _measured(groups: Tensor) -> tuple[Tensor, ...]:
     error = torch.bmm(groups.mT, groups) - torch.eye(groups.shape[-1], dtype=groups.dtype)
     # Of R^T R = I + E the singular values are sqrt(1 + eig(E)), accurate however small E is.
     squares = 1 + torch.linalg.eigvalsh(error)
-    sign, log = torch.linalg.slogdet(groups)
+    sign, log = log_determinant(groups)
     norms = torch.linalg.matrix_norm(error)
     return error.abs().amax(dim=(1, 2)), norms, squares.reshape(-1), sign, log, _angles(groups)
 
