@@ -314,7 +314,7 @@ def test_the_action_fails_with_a_spoiled_merge(github: GitHub, spoiled: Bed) -> 
 def test_the_action_tells_an_error_from_a_failure(github: GitHub, bed: Bed) -> None:
     """A page of an earlier run is not what this one wrote."""
     page = github.work / "page.html"
-    page.write_text("old")
+    page.write_text("<!doctype html>old")
     os.utime(page, (0, 0))
     given = {"adapters": str(bed.adapter), "base": "./nowhere", "merged": str(bed.merged)}
     done = github.action({**given, "install": "false", "report": "page.html", "junit": "junit.xml"}, {})

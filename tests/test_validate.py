@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import BOFTConfig, get_peft_model
-from sabotage import FIRST, HEAD, SABOTAGES, SECOND, Bed, make_bed
+from sabotage import FIRST, HEAD, SABOTAGES, SECOND, Bed, keep_tie, make_bed
 from support import boft_tensors, butterfly_matrix, read_folder, write_adapter, write_checkpoint
 from torch import Tensor, nn
 
 import boft_export
 from boft_export.errors import Level
-from boft_export.validation.model import Check, Outcome, Validation
+from boft_export.linalg.butterfly import butterfly_index
+from boft_export.validation.layer_checks import _orthogonality
+from boft_export.validation.model import Check, LayerFacts, Outcome, Validation
 from boft_export.validation.policy import Policy, Thresholds
 from boft_export.validation.validate import validate
 
@@ -22,8 +27,12 @@ from boft_export.validation.validate import validate
 BEDS = ((torch.bfloat16, 0.2), (torch.float16, 0.02), (torch.float32, 0.02))
 
 
+PART_WAY = ("manifest", "part-way")
+
+
 def failures(result: Validation) -> list[Check]:
-    return [c for c in result.checks if c.outcome is not Outcome.PASS]
+    """Return what did not pass, but for the warning that an interpolation is one."""
+    return [c for c in result.checks if c.outcome is not Outcome.PASS and (c.check, c.finding) != PART_WAY]
 
 
 def judge(bed: Bed, merged: Path | None = None, policy: Policy | None = None) -> Validation:
@@ -129,7 +138,9 @@ def test_a_merge_saved_under_other_names(tmp_path: Path) -> None:
     merged = write_folder(tmp_path / "renamed", renamed)
     shutil_config(bed, merged)
     result = judge(bed, merged=merged)
-    assert {c.finding for c in failures(result)} <= {"missing-file"}
+    assert {(c.finding, c.level) for c in failures(result)} <= {
+        ("missing-file", Level.WARNING), ("other-names", Level.WARNING)
+    }  # fmt: skip
     assert any(c.subject == "names" for c in result.checks)
 
 
@@ -206,6 +217,184 @@ def test_a_merge_by_its_base_alone(tmp_path: Path) -> None:
         check = next(c for c in result.checks if c.subject == name)
         assert check.measured["smallest_scale"] == pytest.approx(float(s.min()), rel=1e-2)
         assert check.measured["largest_scale"] == pytest.approx(float(s.max()), rel=1e-2)
+
+
+def set_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize("std", [0.02, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda w, r, s: torch.cat([(s * (w @ r.T))[:20], w[20:]]), "part-skipped"),
+        (lambda w, r, s: w + 0.9 * (s * (w @ r.T) - w), "part-way"),
+        (lambda w, r, s: s.roll(1, 0) * (w @ r.T), "wrong-scale"),
+        (lambda w, r, s: -s * (w @ r.T), "wrong-scale"),
+        (lambda w, _r, _s: torch.zeros_like(w), "wrong-values"),
+        (lambda w, r, s: (s * (w @ r.T)).flip(0), "other-base"),
+    ],
+    ids=["half-of-the-rows", "nine-tenths", "scales-shifted", "scales-negated", "zeros", "rows-reversed"],
+)
+def test_other_mistakes(
+    change: Callable[[Tensor, Tensor, Tensor], Tensor], finding: str, dtype: torch.dtype, std: float, tmp_path: Path
+) -> None:
+    bed = make_bed(tmp_path, dtype, std=std)
+    bed.write(FIRST, change(*bed.parts(FIRST)))
+    assert [(c.subject, c.finding) for c in failures(judge(bed))] == [(FIRST, finding)]
+
+
+def test_an_adapter_without_scales_that_was_not_applied(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(9)
+    base = write_checkpoint(tmp_path / "base", {"x.weight": torch.randn(24, 32, generator=generator).bfloat16()})
+    triangle = torch.randn(8, 6, generator=generator) * 0.1
+    config = {**OFT, "use_cayley_neumann": False}
+    adapter = write_adapter(
+        tmp_path / "adapter", {"base_model.model.x.oft_R.weight": triangle}, config, drop=("boft_block_num",)
+    )
+    found = failures(validate(adapter, base=base, merged=base))
+    assert [c.finding for c in found] == ["not-applied", "layer-skipped"]
+
+
+def test_little_training_is_told_from_none(tmp_path: Path) -> None:
+    """An effect as small as float32's errors is no reason to take the base for the merge."""
+    generator = torch.Generator().manual_seed(10)
+    base = write_checkpoint(tmp_path / "base", {"x.weight": torch.randn(64, 512, generator=generator)})
+    trained = boft_tensors("x", 512, 64, m=1, b=8, std=1e-6, seed=1)
+    trained["base_model.model.x.boft_s"] = torch.ones(64, 1)
+    adapter = write_adapter(tmp_path / "adapter", trained)
+    assert {c.finding for c in failures(validate(adapter, base=base, merged=base))} == {"not-applied", "layer-skipped"}
+    merged = boft_export.merge(base, adapter, tmp_path / "merged").output
+    assert failures(validate(adapter, base=base, merged=merged)) == []
+
+
+def test_sparse_training_merged_in_float32(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(11)
+    before = {"x.weight": torch.randn(64, 1024, generator=generator)}
+    trained = boft_tensors("x", 1024, 64, m=1, b=8, std=0.1, seed=1)
+    trained["base_model.model.x.boft_R"][:, 1:] = 0
+    trained["base_model.model.x.boft_s"] = torch.ones(64, 1)
+    base, adapter = write_checkpoint(tmp_path / "base", before), write_adapter(tmp_path / "adapter", trained)
+    assert failures(validate(adapter, base=base, merged=merged_in_float32(tmp_path / "merged", before, trained))) == []
+
+
+@pytest.mark.parametrize(("m", "b", "std"), [(4, 8, 1e-2), (2, 64, 1e-4), (1, 256, 1.0)])
+def test_large_and_uneven_layers_merged_in_float32(m: int, b: int, std: float, tmp_path: Path) -> None:
+    """Columns of outliers, as language models have them, and blocks that are hard to invert in float32."""
+    generator = torch.Generator().manual_seed(12)
+    weight = torch.randn(48, 1024, generator=generator)
+    weight[:, ::97] *= 40
+    before = {"x.weight": weight}
+    trained = boft_tensors("x", 1024, 48, m=m, b=b, std=std, seed=1)
+    base, adapter = write_checkpoint(tmp_path / "base", before), write_adapter(tmp_path / "adapter", trained)
+    r = torch.eye(1024)
+    blocks = trained["base_model.model.x.boft_R"]
+    for i in range(m):
+        factor = torch.zeros(1024, 1024)
+        for block, index in zip(blocks[i], butterfly_index(i, 1024 // b, b), strict=True):
+            skew, eye = (block - block.T) / 2, torch.eye(b)
+            factor[index[:, None], index] = torch.linalg.solve(eye + skew, eye - skew, left=False)
+        r = factor @ r
+    after = {"x.weight": trained["base_model.model.x.boft_s"] * (weight @ r.T)}
+    assert failures(validate(adapter, base=base, merged=write_folder(tmp_path / "merged", after))) == []
+
+
+def test_infinities_and_huge_values(tmp_path: Path) -> None:
+    for name, dtype, size in (("half", torch.float16, 6e4), ("double", torch.float64, 1e200)):
+        generator = torch.Generator().manual_seed(13)
+        weight = torch.randn(16, 32, generator=generator, dtype=torch.float64) * size
+        before = {"x.weight": weight.clamp(-size, size).to(dtype)}
+        trained = boft_tensors("x", 32, 16, m=1, b=4, std=0.01, seed=1)
+        trained["base_model.model.x.boft_s"] = torch.full((16, 1), 0.5)
+        base, adapter = write_checkpoint(tmp_path / name, before), write_adapter(tmp_path / f"{name}-adapter", trained)
+        merged = boft_export.merge(base, adapter, tmp_path / f"{name}-merged").output
+        assert failures(validate(adapter, base=base, merged=merged)) == []
+        assert {c.outcome for c in failures(validate(base=base, merged=merged))} <= {Outcome.INCONCLUSIVE}
+
+
+def test_nan_in_place_of_infinity(tmp_path: Path) -> None:
+    before = {"x.weight": torch.ones(4, 8), "mask": torch.tensor([0.0, -torch.inf, 1.0])}
+    base = write_checkpoint(tmp_path / "base", before)
+    adapter = write_adapter(tmp_path / "adapter", boft_tensors("x", 8, 4, m=1, b=4))
+    merged = boft_export.merge(base, adapter, tmp_path / "merged").output
+    assert failures(validate(adapter, base=base, merged=merged)) == []
+    after = read_folder(merged) | {"mask": torch.tensor([0.0, torch.nan, 1.0])}
+    found = failures(validate(adapter, base=base, merged=write_folder(tmp_path / "nan", after)))
+    assert [(c.subject, c.finding) for c in found] == [("mask", "not-finite")]
+
+
+def test_an_untied_head_that_is_lost(tmp_path: Path) -> None:
+    """A config that ties what the base kept apart doesn't excuse the head that is missing."""
+    bed = make_bed(tmp_path, torch.bfloat16)
+    generator = torch.Generator().manual_seed(14)
+    before = {**bed.before, HEAD: torch.randn(40, 32, generator=generator).bfloat16()}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    base = write_checkpoint(tmp_path / "untied", before, config)
+    trained = {k: v for k, v in bed.trained.items() if "lm_head" not in k}
+    adapter = write_adapter(tmp_path / "no-head", trained, {"bias": "boft_only"})
+    merged = boft_export.merge(base, adapter, tmp_path / "right").output
+    assert failures(validate(adapter, base=base, merged=merged)) == []
+    set_config(merged, tie_word_embeddings=True)
+    assert {c.finding for c in failures(validate(adapter, base=base, merged=merged))} >= {"stale-tie"}
+    after = read_folder(merged)
+    del after[HEAD]
+    lost = write_checkpoint(tmp_path / "lost", after, {**config, "tie_word_embeddings": True})
+    found = {c.finding for c in failures(validate(adapter, base=base, merged=lost))}
+    assert found >= {"stale-tie", "missing-tensor"}
+
+
+def test_a_config_that_says_something_else(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path, torch.bfloat16)
+    set_config(bed.base, rope_theta=1e4, rope_scaling={"factor": 2, "type": "linear"})
+    set_config(bed.merged, rope_theta=5e5, rope_scaling={"factor": 2, "type": "yarn"}, transformers_version="9")
+    found = [c for c in failures(judge(bed)) if c.check == "config"]
+    assert {(c.finding, c.level) for c in found} == {("other-config", Level.WARNING)}
+    assert [c.message.split(" is ")[0] for c in found] == ["rope_scaling.type", "rope_theta"]
+
+
+def test_a_manifest_without_hashes_proves_nothing(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path, torch.bfloat16, manifest=True)
+    file = bed.merged / "boft_export.json"
+    record = json.loads(file.read_text())
+    record["base"]["sha256"] = {}
+    file.write_text(json.dumps(record))
+    found = failures(judge(bed))
+    assert [(c.check, c.subject, c.outcome) for c in found] == [("manifest", "base", Outcome.INCONCLUSIVE)]
+
+
+def test_an_interpolation_at_its_base_has_no_effect(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path, torch.bfloat16)
+    boft_export.interpolate(bed.base, bed.adapter, tmp_path / "zero", 0)
+    found = [c for c in judge(bed, merged=tmp_path / "zero").checks if c.outcome is Outcome.FAIL]
+    assert {(c.finding, c.level) for c in found} == {("part-way", Level.WARNING), ("no-effect", Level.WARNING)}
+
+
+def test_conversions_are_not_called_the_same_bytes(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path, torch.float32)
+    merged = boft_export.merge(bed.base, bed.adapter, tmp_path / "narrow", dtype="bfloat16").output
+    result = judge(bed, merged=merged)
+    assert failures(result) == []
+    (check,) = [c for c in result.checks if c.check == "untouched"]
+    assert check.message.startswith("0 tensors are the base's, byte for byte, and ")
+
+
+def test_a_reflection_is_no_rotation() -> None:
+    facts = LayerFacts("x", 0, 4, 1, 4, 4, 0.0, 0.0, 0.0, -1.0, 1.0, 1.0, (0.0,), None, None)
+    assert _orthogonality(facts, 1e-13, 0.1).finding == "reflection"
+    assert _orthogonality(replace(facts, determinant=1.0), 1e-13, 0.1).finding is None
+    assert _orthogonality(replace(facts, largest_singular_value=1.1), 1e-13, 0.1).finding == "not-orthogonal"
+    assert _orthogonality(replace(facts, smallest_singular_value=0.9), 1e-13, 0.1).finding == "not-orthogonal"
+
+
+def test_without_the_adapter_config_and_files_are_checked_too(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path, torch.bfloat16)
+    keep_tie(bed)
+    (bed.merged / "tokenizer.json").unlink()
+    (bed.merged / "adapter_config.json").write_text("{}")
+    found = {c.finding for c in failures(validate(base=bed.base, merged=bed.merged))}
+    assert found >= {"stale-tie", "missing-file", "adapter-left"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,13 @@ def test_every_failure_is_told_in_every_form(name: str, bed: Bed, tmp_path: Path
         (["{adapter}", "--base", "{base}", "--merged", "{merged}", "-j", "0"], 2),
         (["{adapter}", "--junit-xml", "{adapter}/junit.xml"], 2),
         (["{adapter}", "--report", "page.pdf"], 2),
+        (["{adapter}", "--report", "{adapter}/adapter_config.json"], 2),
+        (["{adapter}", "--junit-xml", "{merged}/config.json"], 2),
+        (["{adapter}", "--junit-xml", "{base}/config.json"], 2),
+        (["{adapter}", "--merged", "{merged}"], 2),
+        (["{adapter}", "--threshold", "gram_factor=0"], 2),
+        (["{adapter}", "--threshold", "max_ulp=-1"], 2),
+        (["{adapter}", "--threshold", "arithmetic=inf"], 2),
         (["{base}"], 3),
         (["{adapter}", "--base", "{adapter}"], 3),
         (["{adapter}", "--policy", "{merged}/config.json"], 3),
@@ -210,7 +219,10 @@ def test_a_policy_asks_for_layers_and_thresholds(bed: Bed, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "text",
     ["thresholds: {max_angel: 1}", "thresholds: [1]", "thresholds: {max_angle: x}", "layers: [a]", "- a", "fail_on: x",
-     "required_layers: [1]", "{", "fail_on: {a: b}", "thresholds: {1: 2}", "!!python/object:os.system {}"],
+     "required_layers: [1]", "{", "fail_on: {a: b}", "thresholds: {1: 2}", "!!python/object:os.system {}",
+     "a: 2024-13-45", "thresholds: {max_angle: true}", "thresholds: {max_angle: .nan}",
+     pytest.param(f"thresholds: {{max_angle: {'9' * 400}}}", id="400-digits"),
+     pytest.param(f"a: {'9' * 5000}", id="5000-digits")],
 )  # fmt: skip
 def test_a_policy_that_means_nothing_is_refused(text: str, bed: Bed, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
@@ -218,6 +230,44 @@ def test_a_policy_that_means_nothing_is_refused(text: str, bed: Bed, tmp_path: P
     done = run(bed.adapter, "--policy", policy, "--json")
     assert done.exit_code == 3
     assert str(policy) in document(done)["error"]["message"]
+
+
+def test_a_policy_may_write_numbers_without_a_dot(bed: Bed, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("thresholds: {max_angle: 1e-5}\n")
+    assert run(bed.adapter, "--policy", policy).exit_code == 1
+
+
+def test_reports_replace_nothing_but_reports(bed: Bed, tmp_path: Path) -> None:
+    """Not even the base that is found by its name in the adapter, nor the policy."""
+    config = json.loads((bed.adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(bed.base)
+    (bed.adapter / "adapter_config.json").write_text(json.dumps(config))
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("fail_on: [warning]\n")
+    empty = tmp_path / "page.html"
+    empty.touch()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    given = (bed.adapter, "--merged", bed.merged, "--policy", policy)
+    for file in (bed.base / "config.json", bed.base / "junit.xml", policy, bed.merged / "junit.xml"):
+        assert run(*given, "--junit-xml", file).exit_code == 2, file
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    junit = tmp_path / "junit.xml"
+    for _ in range(2):
+        assert run(*given, "--junit-xml", junit, "--report", empty).exit_code == 0
+    assert empty.read_text().startswith("<!doctype html>")
+
+
+def test_a_report_can_go_into_a_pipe(bed: Bed, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    assert run(bed.adapter, "--junit-xml", pipe).exit_code == 0
+    reader.join(10)
+    assert found[0].startswith(b"<?xml")
+    assert pipe.is_fifo()
 
 
 def test_an_empty_policy_asks_for_nothing(bed: Bed, tmp_path: Path) -> None:

@@ -126,7 +126,15 @@ def command(
         from boft_export.report.validation_report import validation_document
 
         refs = list(adapters or ())
-        files = ValidationFiles.of(junit_xml, report, [r for r in (*refs, base, merged) if r is not None])
+        given = (*refs, base, merged, policy, text_file, *(image or ()))
+        files = ValidationFiles.of(junit_xml, report, [r for r in given if r is not None])
+        sources = opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view)
+        if refs and (base == "-" or (base is None and merged is not None)):
+            # The base that will be read is one that the adapter names; what is wrong with the adapter is told below.
+            named = None
+            with contextlib.suppress(BoftExportError):
+                named = sources.adapter(refs[0]).adapter.base_model
+            files.keep_off([named] if named is not None else [])
         started = time.monotonic()
         try:
             from boft_export.validation.policy import Policy, parse_fail_on, parse_thresholds, read_policy
@@ -149,7 +157,7 @@ def command(
                     device=device,
                     max_memory=max_memory,
                     jobs=jobs,
-                    sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+                    sources=sources,
                     progress=progress,
                 )
         except BaseException as error:

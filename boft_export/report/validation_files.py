@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,10 @@ from boft_export.planning.inputs import Ref
 if TYPE_CHECKING:
     # At run time this would load torch, which checking the files' names does without.
     from boft_export.validation.model import Validation
+
+
+# How reports begin: an earlier one may be replaced, and nothing else.
+_JUNIT, _PAGE = b"<?xml version='1.0' encoding='utf-8'?>\n<testsuites", b"<!doctype html>"
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,25 @@ class ValidationFiles:
             raise UsageError(f"{page} takes matplotlib, which is not installed.", hint=hint)
         if junit is not None and page is not None and junit.resolve() == page.resolve():
             raise UsageError(f"{junit} is named for two reports.")
-        for file in (junit, page):
+        for file, start in ((junit, _JUNIT), (page, _PAGE)):
             if file is not None:
-                _check_place(file, inputs)
+                _check_place(file, start)
+        files = cls(_absolute(junit), _absolute(page))
+        files.keep_off(inputs)
         summary = os.environ.get("GITHUB_STEP_SUMMARY") if on_github() else None
-        return cls(_absolute(junit), _absolute(page), Path(summary) if summary else None)
+        return replace(files, summary=Path(summary) if summary else None)
+
+    def keep_off(self, inputs: Sequence[Ref]) -> None:
+        """Refuse files that are, or lie in, an input: inputs are never written to.
+
+        Raises:
+            UsageError: If one does.
+        """
+        for file in (self.junit, self.page):
+            for given in map(Path, inputs):
+                if file is not None and given.exists() and file.resolve().is_relative_to(given.resolve()):
+                    hint = "Choose another place."
+                    raise UsageError(f"{file} lies in {given}, and inputs are never written to.", hint=hint)
 
     def write(self, validation: Validation, seconds: float) -> None:
         """Write all of them.
@@ -96,14 +114,15 @@ def on_github() -> bool:
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
-def _check_place(file: Path, inputs: Sequence[Ref]) -> None:
+def _check_place(file: Path, start: bytes) -> None:
     place = file.resolve()
     if place.is_dir():
         raise UsageError(f"{file} is a folder.", hint="Name a file in it.")
-    for ref in inputs:
-        given = Path(ref)
-        if given.exists() and place.is_relative_to(given.resolve()):
-            raise UsageError(f"{file} lies in {given}, and inputs are never written to.", hint="Choose another place.")
+    if place.is_file():
+        with file_system_errors(file), file.open("rb") as opened:
+            content = opened.read(len(start))
+        if content and content != start:
+            raise UsageError(f"{file} exists and is no such report.", hint="Choose another name, or remove it.")
     folder = next(p for p in place.parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise AccessError(f"{file} can't be written: {folder} is no folder that this user may write to.")
@@ -114,6 +133,11 @@ def _absolute(file: Path | None) -> Path | None:
 
 
 def _write(file: Path, content: bytes) -> None:
+    if file.exists() and not file.is_file():
+        # A pipe or a device, such as /dev/stdout, is written to and not replaced.
+        with file_system_errors(file):
+            file.write_bytes(content)
+        return
     with file_system_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(file) as opened:

@@ -23,7 +23,7 @@ from boft_export.validation.suspects import Run, Steps, Suspect
 
 # How many times an arithmetic's unit roundoff, at the length of the vector that is rotated, an element may be off by.
 _MARGIN = 8
-_FLOAT64 = 2.0**-53
+_FLOAT64, _FLOAT32 = 2.0**-53, 2.0**-24
 # An explanation must come this many times closer to what is stored than the right merge.
 _CLOSER = 4
 # As few elements as this may each be off by a bit that turned over.
@@ -93,10 +93,11 @@ def _with_scale(choose: Callable[[Tensor], Tensor]) -> Callable[[LayerOperator],
 
 
 _AS_IT_IS = _Variant("", "", lambda operator: operator)
+_UNROTATED = _Variant("rotation-dropped", "it is not rotated", _identity)
 _ROTATIONS = (
     _AS_IT_IS,
     _Variant("transposed-rotation", "it is rotated by R in place of R^T, the other way round", _inverse),
-    _Variant("rotation-dropped", "it is not rotated", _identity),
+    _UNROTATED,
     _Variant("applied-twice", "it is rotated twice", _with_factors(lambda f: f + f)),
 )
 # Of several factors.
@@ -106,12 +107,15 @@ _FACTORS = (
         "transposed-blocks", "each of its factors is transposed", _with_factors(lambda f: tuple(map(_transposed, f)))
     ),
 )
+_DROPPED = _Variant("scale-dropped", "its outputs are not scaled", _with_scale(torch.ones_like))
 _SCALES = (
     _AS_IT_IS,
-    _Variant("scale-dropped", "its outputs are not scaled", _with_scale(torch.ones_like)),
+    _DROPPED,
     _Variant("scale-twice", "its outputs are scaled twice", _with_scale(torch.square)),
     _Variant("scale-inverted", "its outputs are scaled by 1 / s", _with_scale(torch.reciprocal)),
 )
+
+_NOTHING_DONE = (_UNROTATED, _DROPPED)
 
 
 def _rotations(factors: int) -> Iterator[_Variant]:
@@ -151,25 +155,29 @@ class Doctor:
             text = f"{found.not_finite} elements are not finite"
             return Diagnosis("not-finite", text, found.wrong)
         sample: Sequence[Run] = suspect.sample()
+        beyond, flipped = found.wrong, 0
         if found.all_places_known or not self._beyond(suspect, sample, self._arithmetic)[0]:
-            few = found.wrong < _FEW * found.stored.num_elements and suspect.dtype in (torch.float32, torch.float64)
+            changed = found.measure.changed if found.measure is not None else found.stored.num_elements
+            few = found.wrong < _FEW * changed and suspect.dtype in (torch.float32, torch.float64)
             arithmetic = min(self._arithmetic, _FLOAT64) if few else self._arithmetic
             beyond, flipped = self._beyond(suspect, suspect.runs_of_places(), arithmetic)
-            if not beyond:
-                return Diagnosis(None, "the rest is off by what the arithmetic makes", 0)
-            if beyond == flipped <= _MOST_FLIPPED:
+            if beyond == flipped and 0 < beyond <= _MOST_FLIPPED:
                 return Diagnosis("flipped-bit", f"a bit is turned over in {_count(beyond, 'element')}", beyond)
-        else:
-            beyond = found.wrong
         sample, part = _wrong_part(suspect, sample)
-        explained = self._explain(suspect, sample, others)
+        inputs = [(run, suspect.before(run), suspect.stored(run)) for run in sample]
+        off, effect = _off(suspect, inputs)
+        if not beyond and off <= effect / _CLOSER:
+            return Diagnosis(None, "the rest is off by what the arithmetic makes", 0)
+        explained = self._explain(suspect, inputs, others)
         if explained is not None:
             finding = "part-skipped" if part and explained.finding == "layer-skipped" else explained.finding
             return Diagnosis(finding, part + explained.message, beyond)
-        text = f"{beyond:,} of {found.stored.num_elements:,} elements are wrong"
+        if not beyond:
+            return Diagnosis("lost-effect", "what it was to change is no more than the arithmetic's errors", 0)
         if beyond < _SPORADIC * found.stored.num_elements:
-            return Diagnosis("wrong-elements", f"{text}, the first at {_place(suspect)}", beyond)
-        last = _by_inner_products(suspect, sample)
+            text = f"{beyond:,} of {found.stored.num_elements:,} elements are wrong, the first at {_place(suspect)}"
+            return Diagnosis("wrong-elements", text, beyond)
+        last = _by_rows(suspect, inputs) or _low_precision(suspect, inputs) or _by_inner_products(suspect, sample)
         return Diagnosis(last.finding, part + last.message, beyond)
 
     @staticmethod
@@ -181,20 +189,20 @@ class Doctor:
             y = suspect.after(run, x, suspect.fused_steps(run.segment))
             z = suspect.stored(run)
             length = torch.maximum(suspect.length(run, x), suspect.length(run, y))
-            allowed = half_ulp(z) + _MARGIN * arithmetic * length
+            allowed = half_ulp(z) + _MARGIN * suspect.amplification(run.segment) * arithmetic * length
             correct = round_once(y, suspect.dtype)
             off = ((z.double() - y).abs() > allowed) & (z != correct)
             beyond += int(off.sum())
             flipped += int(_one_bit(z[off], correct[off]).sum())
         return beyond, flipped
 
-    def _explain(self, suspect: Suspect, sample: Sequence[Run], others: Sequence[Suspect]) -> Diagnosis | None:
+    def _explain(self, suspect: Suspect, inputs: Sequence[_Input], others: Sequence[Suspect]) -> Diagnosis | None:
         """Return what a merge done otherwise explains best, if it comes much closer than the right one."""
-        inputs = [(run, suspect.before(run), suspect.stored(run)) for run in sample]
         right = self._distance(suspect, inputs, suspect.steps)
-        factors = max((o.rotation.num_factors for r in sample for _, o in suspect.steps(r.segment)), default=1)
+        factors = max((o.rotation.num_factors for r, _, _ in inputs for _, o in suspect.steps(r.segment)), default=1)
         best: tuple[float, Diagnosis] = (right / _CLOSER, Diagnosis(None, ""))
-        pairs = [(r, s) for r in _rotations(factors) for s in _SCALES if r.finding or s.finding]
+        # Of explanations that fit alike the first counts, and nothing done is the simplest.
+        pairs = [_NOTHING_DONE, *((r, s) for r in _rotations(factors) for s in _SCALES if r.finding or s.finding)]
         if self._last is not None:
             pairs.insert(0, self._last)
         for rotation, scale in pairs:
@@ -211,9 +219,7 @@ class Doctor:
         for distance, diagnosis in self._further(suspect, inputs, others):
             if distance < best[0]:
                 best = distance, diagnosis
-        if best[1].finding is not None:
-            return best[1]
-        return _low_precision(suspect, inputs)
+        return best[1] if best[1].finding is not None else None
 
     def _further(
         self, suspect: Suspect, inputs: Sequence[_Input], others: Sequence[Suspect]
@@ -321,19 +327,61 @@ def _one_bit(a: Tensor, b: Tensor) -> Tensor:
     return (bits != 0) & ((bits & (bits - 1)) == 0)
 
 
+def _off(suspect: Suspect, inputs: Sequence[_Input]) -> tuple[float, float]:
+    """Return |stored - right| and |right - base| over a sample, both of what is rounded."""
+    off = effect = 0.0
+    for run, x, z in inputs:
+        y = round_once(suspect.after(run, x, suspect.steps(run.segment)), suspect.dtype).double()
+        off += _squares(z.double() - y)
+        effect += _squares(round_once(x, suspect.dtype).double() - y)
+    return math.sqrt(off), math.sqrt(effect)
+
+
+def _by_rows(suspect: Suspect, inputs: Sequence[_Input]) -> Diagnosis | None:
+    """Tell what shows in how stored rows lie to the right ones and the base's; None where nothing does."""
+    step = inputs[0][0].segment.steps[0]
+    if step.view is not View.INPUT:
+        return None
+    width = step.layer.num_features
+    x, y, z = (
+        torch.cat([v.view(-1, width) for v in values])
+        for values in zip(
+            *((x, suspect.after(run, x, suspect.steps(run.segment)), z.double()) for run, x, z in inputs), strict=True
+        )
+    )
+    if not z.any():
+        return Diagnosis("wrong-values", "it is all zeros")
+    tolerance = 2 * torch.finfo(suspect.dtype).eps + _MARGIN * suspect.amplification(inputs[0][0].segment) * _FLOAT32
+    length = torch.linalg.vector_norm(y, dim=1)
+    right = torch.linalg.vector_norm(z - y, dim=1) <= tolerance * length
+    same = torch.linalg.vector_norm(z - x, dim=1) <= tolerance * length
+    if (right | same).all() and same.any():
+        return Diagnosis("part-skipped", f"{int(same.sum())} of {len(x)} rows looked at are the base's")
+    change, error = y - x, z - y
+    along = float((error * change).sum() / (change * change).sum().clamp_min(1e-300))
+    if _squares(error - along * change) <= _squares(error) / _CLOSER**2:
+        return Diagnosis("part-way", f"it goes {1 + along:.0%} of the way from the base")
+    cosine = torch.nn.functional.cosine_similarity(z, y, dim=1)
+    longer = (torch.linalg.vector_norm(z, dim=1) / length - 1).abs() > tolerance
+    if (1 - cosine.abs() <= tolerance**2).all() and 2 * int((longer | (cosine < 0)).sum()) > len(z):
+        return Diagnosis("wrong-scale", "its rows are rotated as they must be, and have other lengths or signs")
+    return None
+
+
 def _low_precision(suspect: Suspect, inputs: Sequence[_Input]) -> Diagnosis | None:
     """Tell whether what is stored is as far off as a merge in 16-bit arithmetic, done here, is."""
-    off = effect = 0.0
+    off = effect = along = 0.0
     by_dtype = dict.fromkeys(_LOW, 0.0)
     for run, x, z in inputs:
         steps = suspect.steps(run.segment)
         y = suspect.after(run, x, steps)
         off += _squares(z.double() - y)
         effect += _squares(y - x)
+        along += float(((z.double() - y) * (y - x)).sum())
         for dtype in _LOW:
             by_dtype[dtype] += _squares(_in_dtype(run, x, steps, dtype) - y) + _squares(half_ulp(z)) / 3
-    # Nearer to the base than to the right merge, it could be anything.
-    if off > effect / 4:
+    # Nearer to the base than to the right merge it could be anything, and what lies on the way there is no noise.
+    if off > effect / 4 or along**2 > off * effect / 4:
         return None
     for dtype, expected in by_dtype.items():
         if off <= _LOW_MARGIN * expected:
@@ -386,8 +434,10 @@ def _by_inner_products(suspect: Suspect, sample: Sequence[Run]) -> Diagnosis:
     if len(a) < 2 or not math.isfinite(change):
         return Diagnosis("wrong-values", text)
     if change < max(4 * torch.finfo(suspect.dtype).eps, 1e-4):
-        return Diagnosis("other-adapter", "it is this base, rotated by something else than this adapter")
-    return Diagnosis("other-base", "the angles between its rows are not this base's: it was made from another base")
+        return Diagnosis("other-adapter", "it is this base, rotated or scaled by something else than this adapter")
+    return Diagnosis(
+        "other-base", "the angles between its rows are not this base's: it was made from another base, or damaged"
+    )
 
 
 def _squares(x: Tensor) -> float:

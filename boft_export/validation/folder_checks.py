@@ -2,44 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from boft_export.checkpoint import Checkpoint
 from boft_export.errors import Level
 from boft_export.pipeline.recorded import Recorded
-from boft_export.planning import FoldPlan
+from boft_export.planning import ConfigEdit, FoldPlan
+from boft_export.planning.names import Rule
 from boft_export.planning.output import OWN_FILES
 from boft_export.validation.model import Check, Outcome
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MISSING = object()
+_TIE = "tie_word_embeddings"
+# What programs set by themselves when they save.
+_FREE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", _TIE}
+_SHOWN = 60
 
 
-def check_config(plan: FoldPlan, merged: Checkpoint) -> list[Check]:
-    """Check that the config says what the weights are: a tie that was undone, sizes that changed."""
+def check_config(base: Checkpoint, edits: Sequence[ConfigEdit], merged: Checkpoint) -> list[Check]:
+    """Check that the config says what the weights are: a tie that was undone, sizes that changed, and else the base's.
+
+    Args:
+        base: The base.
+        edits: What a merge changes in its config.
+        merged: The merged checkpoint.
+    """
     checks = []
-    for edit in plan.edits:
+    for edit in edits:
         found = _lookup(merged.config, edit.path)
         if found == edit.value:
             continue
         name = ".".join(edit.path)
-        finding = "stale-tie" if edit.path[-1] == "tie_word_embeddings" else "stale-config"
+        finding = "stale-tie" if edit.path[-1] == _TIE else "stale-config"
         shown = "nothing" if found is _MISSING else repr(found)
         message = f"{name} should be {edit.value!r} ({edit.reason}), found {shown}"
         checks.append(
             Check("config", "config.json", Outcome.FAIL, message, finding=finding, hint="Change it in config.json.")
         )
-    if not checks and plan.base.config_text is not None:
-        if merged.config_text is None:
-            message = "it is missing: the checkpoint can't be loaded by its folder"
-            checks.append(Check("config", "config.json", Outcome.FAIL, message, Level.WARNING, "missing-file"))
-        elif (own := merged.config.get("model_type")) != (other := plan.base.config.get("model_type")):
-            message = f"model_type is {own!r}, the base's is {other!r}"
-            checks.append(Check("config", "config.json", Outcome.FAIL, message, Level.WARNING, "other-config"))
-        else:
-            checks.append(Check("config", "config.json", Outcome.PASS, "it says what the weights are"))
-    return checks
+    if base.config_text is None:
+        return checks
+    if merged.config_text is None:
+        message = "it is missing: the checkpoint can't be loaded by its folder"
+        return [Check("config", "config.json", Outcome.FAIL, message, Level.WARNING, "missing-file")]
+    edited = {e.path[0] for e in edits}
+    if _TIE not in edited and merged.config.get(_TIE) is True and base.config.get(_TIE) is False:
+        message = "it ties the output head to the embedding, and the base's doesn't"
+        checks.append(Check("config", "config.json", Outcome.FAIL, message, finding="stale-tie"))
+    # Other programs add keys and their own marks; what is in both should say the same.
+    for name, own, other in _differences(merged.config, base.config, edited):
+        message = f"{name} is {_short(own)}, the base's is {_short(other)}"
+        checks.append(Check("config", "config.json", Outcome.FAIL, message, Level.WARNING, "other-config"))
+    return checks or [Check("config", "config.json", Outcome.PASS, "it says what the weights are")]
+
+
+def _differences(
+    own: Mapping[str, Any], other: Mapping[str, Any], left_out: Iterable[str] = (), above: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Yield the keys that both configs have, and what each says where it differs."""
+    for key in sorted((own.keys() & other.keys()) - _FREE_KEYS - set(left_out)):
+        a, b = own[key], other[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, (), f"{above}{key}.")
+        elif a != b:
+            yield above + key, a, b
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _lookup(config: Mapping[str, Any], path: Sequence[str]) -> object:
@@ -51,8 +84,24 @@ def _lookup(config: Mapping[str, Any], path: Sequence[str]) -> object:
     return value
 
 
-def check_side_files(plan: FoldPlan, merged: Checkpoint) -> list[Check]:
-    """Check that the base's side files are there, and no adapter that loaders would apply once more."""
+def check_names(rules: Sequence[Rule], merged: Checkpoint) -> list[Check]:
+    """Check that tensors have the names that loaders look for; ``rules`` are those under which they were found."""
+    if not rules:
+        return []
+    message = f"tensors have other names than the base's: {', '.join(map(str, rules))}"
+    if merged.config_text is None:
+        return [Check("layout", "names", Outcome.PASS, message)]
+    hint = "Loaders that look for the base's names don't find these."
+    return [Check("layout", "names", Outcome.FAIL, message, Level.WARNING, "other-names", hint)]
+
+
+def check_side_files(expected: Sequence[PurePosixPath], merged: Checkpoint) -> list[Check]:
+    """Check that the base's side files are there, and no adapter that loaders would apply once more.
+
+    Args:
+        expected: The side files that a merge takes along.
+        merged: The merged checkpoint.
+    """
     checks = []
     if left := [n for n in _ADAPTER_FILES if (merged.root / merged.folder / n).is_file()]:
         message = "an adapter lies beside the merged weights: transformers would apply it once more"
@@ -60,12 +109,7 @@ def check_side_files(plan: FoldPlan, merged: Checkpoint) -> list[Check]:
     if merged.config_text is None and not merged.side_files:
         return checks
     ours = {f.name for f in merged.side_files}
-    missing = [
-        f.name
-        for f in plan.side_files
-        if f.name.name not in {*ours, *OWN_FILES, "config.json"} and f.source is not None
-    ]
-    for name in missing:
+    for name in (f for f in expected if f.name not in {*ours, *OWN_FILES, "config.json"}):
         message = "the base has it, the merged checkpoint doesn't"
         checks.append(Check("files", str(name), Outcome.FAIL, message, Level.WARNING, "missing-file"))
     if not checks:
@@ -116,7 +160,7 @@ def _of(hashes: Mapping[str, str], prefix: str) -> dict[str, str]:
 def _compare_input(what: str, finding: str, recorded: Mapping[str, str], found: Mapping[str, str]) -> list[Check]:
     """Compare an input's files; the base may lie in other files than then, and only weights decide."""
     weights = {n: h for n, h in recorded.items() if not n.endswith(".json")}
-    if set(weights.values()) <= set(found.values()):
+    if weights and set(weights.values()) <= set(found.values()):
         return []
     if not set(weights) & set(found):
         message = "its files have other names than those that were merged, so their hashes say nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -48,6 +49,9 @@ def check_invariant(plan: FoldPlan, course: Course, comparison: Comparison, fact
     for runs in parts.values():
         old = _neurons(runs, [suspect.before(r) for r in runs])
         new = _neurons(runs, [suspect.stored(r).double() for r in runs])
+        if not (math.isfinite(float(old.square().sum())) and math.isfinite(float(new.square().sum()))):
+            # Infinities, as in a mask, and squares that overflow have no angles.
+            continue
         gram = ExactGram(len(old), old.shape[1], Rounding.of(suspect.dtype))
         gram.add(old, new)
         found = gram.result()
@@ -55,7 +59,8 @@ def check_invariant(plan: FoldPlan, course: Course, comparison: Comparison, fact
             continue
         energies = hyperspherical_energy(old), hyperspherical_energy(new)
         ratio = energies[1] / energies[0] if energies[0] and energies[1] else None
-        limit = factor * found.limit
+        # What was computed in a narrower arithmetic is off by its errors in R, too.
+        limit = factor * found.limit * (suspect.amplification(runs[0].segment) if comparison.wrong else 1.0)
         if worst is None or found.residual / limit > worst[0]:
             worst = found.residual / limit, found.residual, limit, ratio
     if worst is None:

@@ -33,8 +33,8 @@ _HINTS = {
     "not-applied": "Merge again with boft-export merge; a loader may have dropped the adapter's keys without a word.",
     "low-precision": "Merge again in float64, rounding once: boft-export merge.",
     "flipped-bit": "The file was damaged after it was written: copy or merge it again.",
-    "other-base": "Give the base that was merged, at its revision (--revision).",
-    "other-adapter": "Give the adapter that was merged, at its revision (--adapter-revision).",
+    "other-base": "Give the base that was merged, at its revision (--revision), or merge again.",
+    "other-adapter": "Give the adapter that was merged, at its revision (--adapter-revision), or merge again.",
     "factor-ignored": "PEFT without its CUDA extension drops factors. Merge again with boft-export merge.",
     "stale-tie": "Write both tensors, and tie_word_embeddings false in config.json: boft-export merge does.",
     "bias-lost": "Merge again with boft-export merge, which takes over all that the adapter saved.",
@@ -141,23 +141,31 @@ class _Judge:
         rotated = [c for c in checks if c.check == "replay"]
         skipped = [c for c in rotated if c.finding in ("layer-skipped", "stale-tie")]
         if rotated:
-            if len(skipped) == len(rotated):
+            # Of untrained layers, and at alpha 0, the right merge is the base itself.
+            same = sum(c.measure is None or not c.measure.changed for c in self._comparisons if c.plan.steps)
+            differ = len(rotated) - max(len(skipped), 0) - same
+            if skipped and differ <= 0:
                 text = f"all {len(rotated)} tensors that the adapter rotates are the base's"
                 found.append(_failed("applied", "", "not-applied", text))
+            elif same == len(rotated) and not self._course.variants[0].strength.is_full:
+                text = f"merged as it is meant to be, all {same} rotated tensors are the base's"
+                found.append(_failed("applied", "", "no-effect", text, level=Level.WARNING))
             else:
-                text = f"{len(rotated) - len(skipped)} of {len(rotated)} rotated tensors differ from the base's"
+                text = f"{differ} of {len(rotated)} rotated tensors differ from the base's"
                 found.append(Check("applied", "", Outcome.PASS, text))
-        same = [c for c in self._comparisons if c.plan.action in (Action.COPY, Action.CONVERT)]
-        changed = [c for c in same if c.wrong]
-        measured = {"tensors": len(same), "changed": len(changed)}
+        kept = [c for c in self._comparisons if c.plan.action in (Action.COPY, Action.CONVERT)]
+        changed = [c for c in kept if c.wrong]
+        measured = {"tensors": len(kept), "changed": len(changed)}
         strangers = sum(c.finding == "other-base" for c in rotated)
-        if len(changed) > max(1, len(same) // 2) or (rotated and strangers == len(rotated)):
-            text = f"{len(changed)} of {len(same)} tensors that no adapter touches differ from the base's"
+        if len(changed) > max(1, len(kept) // 2) or (rotated and strangers == len(rotated)):
+            text = f"{len(changed)} of {len(kept)} tensors that no adapter touches differ from the base's"
             if not changed:
                 text = "the rotated tensors were not made from it"
             found.append(_failed("base", "", "other-base", text, measured=measured))
-        if same and not changed:
-            text = f"{len(same)} tensors are the base's, byte for byte"
+        if kept and not changed:
+            converted = sum(c.plan.action is Action.CONVERT for c in kept)
+            text = f"{len(kept) - converted} tensors are the base's, byte for byte"
+            text += f", and {converted} rounded once to another dtype" if converted else ""
             found.append(Check("untouched", "", Outcome.PASS, text, measured=measured))
         return found
 
@@ -178,6 +186,11 @@ class _Judge:
         found = self._doctor.diagnose(suspect, others)
         if found.finding == "layer-skipped" and name in self._heads:
             found = Diagnosis("stale-tie", "it is the base's, though the head it is tied to was merged", found.wrong)
+        self._suspects[name].release()
+        for other in others:
+            other.release()
+        if found.finding == "lost-effect":
+            return Check("replay", name, Outcome.INCONCLUSIVE, found.message, measured=measured)
         if found.finding is not None:
             return _failed("replay", name, found.finding, found.message, measured=measured)
         right = 1 - comparison.wrong / elements

@@ -11,6 +11,7 @@ from boft_export.pipeline.options import Progress
 from boft_export.pipeline.tensor_change import ChangeKind, TensorChange
 from boft_export.planning.names import matched_names
 from boft_export.planning.tables import FUSED_ROWS, TIED_HEADS
+from boft_export.validation.folder_checks import check_names
 from boft_export.validation.model import Check, Number, Outcome, TensorFacts
 from boft_export.validation.policy import Policy
 
@@ -59,10 +60,7 @@ def check_without_adapter(
         ResourceError: If memory does not suffice.
     """
     stored, rules = matched_names(list(base.tensors), merged.tensors)
-    checks: list[Check] = []
-    if rules:
-        message = f"tensors have other names than the base's: {', '.join(map(str, rules))}"
-        checks.append(Check("layout", "names", Outcome.PASS, message))
+    checks = check_names(rules, merged)
     pairs: dict[str, tuple[TensorRef, TensorRef]] = {}
     for name, ref in base.tensors.items():
         other = stored.pop(name, None)
@@ -84,6 +82,9 @@ def check_without_adapter(
         facts.append(_facts(name, ref, found.change))
         if name in heads or found.change.kind not in (ChangeKind.IDENTICAL, ChangeKind.CONVERTED):
             checks.append(_judge(name, ref, found.change, policy))
+    if heads and merged.config.get("tie_word_embeddings") is True:
+        message = "it ties an output head that is stored, and so would not be loaded"
+        checks.append(Check("config", "config.json", Outcome.FAIL, message, finding="stale-tie"))
     return [_applied(facts), *checks], facts
 
 

@@ -64,16 +64,37 @@ class Thresholds:
             UsageError: If there is no such threshold, or a value is no number that could be one.
         """
         known = [f.name for f in fields(self)]
-        for name, value in values.items():
+        for name in values:
             if name not in known:
                 near = near_matches(name, known)
                 raise UsageError(
                     f"there is no threshold {name}" + (f"; near matches: {', '.join(near)}." if near else "."),
                     hint=f"There are {', '.join(known)}.",
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-                raise UsageError(f"threshold {name} should be a number, found {value}.")
-        return replace(self, **{k: float(v) for k, v in values.items() if isinstance(v, int | float)})
+        return replace(self, **{name: _threshold(name, value) for name, value in values.items()})
+
+
+def _threshold(name: str, value: object) -> float:
+    """Return a threshold's value; YAML takes 1e-5 for text, as it has no dot."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise UsageError(f"threshold {name} should be a number, found {str(value)[:_SHOWN]}.")
+    if (
+        (number < 0 and name not in _SIGNED)
+        or (name in _POSITIVE and not 0 < number < math.inf)
+        or (name == "arithmetic" and number >= 1)
+    ):
+        raise UsageError(f"threshold {name} can't be {number:g}.")
+    return number
+
+
+# Thresholds that may be negative, and those that multiply something.
+_SIGNED = {"min_scale", "max_scale", "min_cosine"}
+_POSITIVE = {"gram_factor", "functional_factor"}
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -145,8 +166,9 @@ def read_policy(path: Path) -> Policy:
         raise InputError(f"{path} has {len(text):,} characters: that is no policy.")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not YAML: {error}.") from error
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        # A date that is none, or a number of thousands of digits, is a ValueError.
+        raise InputError(f"{path} is not YAML that can be read: {error}.") from error
     if value is None:
         return Policy()
     if not isinstance(value, dict):

@@ -70,7 +70,8 @@ class Comparison:
             wrong=self.wrong + len(places),
             places=torch.cat([self.places, kept]),
             largest_ulp=max(self.largest_ulp or 0, int(steps.max()) if len(steps) else 0),
-            not_finite=self.not_finite + int((torch.isfinite(a) & ~torch.isfinite(b)).sum()),
+            not_finite=self.not_finite
+            + int(((torch.isfinite(a) & ~torch.isfinite(b)) | (b.isnan() & ~a.isnan())).sum()),
         )
 
 

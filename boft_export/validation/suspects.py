@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,23 @@ class Suspect:
                 self._fused[key] = replace(operator, rotation=operator.rotation.fused(smallest))
             fused.append((step, self._fused[key]))
         return fused
+
+    def amplification(self, segment: Segment) -> float:
+        """Return how many unit roundoffs forming and applying a segment's rotations may add up to, at least 1.
+
+        A Cayley transform of a block of size b is off by about sqrt(b) (1 + |S|) of them, and there are m in a row.
+        """
+        total = 0.0
+        for _, operator in self.steps(segment):
+            for factor in operator.rotation.factors:
+                size = 0.0 if factor.generator is None else float(torch.linalg.matrix_norm(factor.generator, 2).max())
+                total += math.sqrt(factor.block_size) * (1 + size)
+        return max(1.0, total / 4)
+
+    def release(self) -> None:
+        """Forget the operators: each tensor has its own, and they may be large."""
+        self._operators.clear()
+        self._fused.clear()
 
     def before(self, run: Run, origin: int | None = None) -> Tensor:
         """Return a run's values before any rotation, float64, flat; of one origin alone where it is named."""

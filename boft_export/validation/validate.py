@@ -29,7 +29,7 @@ from boft_export.planning import FoldPlan, SourcedAdapter, make_plan
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.names import matched_names
 from boft_export.planning.strength import Course, Interpolation
-from boft_export.validation.folder_checks import check_config, check_manifest, check_side_files
+from boft_export.validation.folder_checks import check_config, check_manifest, check_names, check_side_files
 from boft_export.validation.functional import FunctionalLimits, check_functional
 from boft_export.validation.functional_inputs import FunctionalInputs
 from boft_export.validation.layer_checks import check_layers, check_required
@@ -161,8 +161,11 @@ def _open(
     """Open what is judged, and what it is judged by."""
     if not refs:
         return [], sources.base(base) if base is not None else None
+    opened = [sources.adapter(r) for r in refs]
     if base is None and merged is None:
-        return [sources.adapter(r) for r in refs], None
+        return opened, None
+    if base is None and opened[0].adapter.base_model is None:
+        raise UsageError(f"{opened[0].name} does not name its base.", hint="Give it with --base.")
     checkpoint, opened = sources.pair(base, refs)
     return opened, checkpoint
 
@@ -219,21 +222,22 @@ def _open_merged(merged: Ref, sources: Sources, found: _Found) -> Checkpoint | N
         return Sources(offline=sources.offline).base(merged)
     except InputError as error:
         finding = "damaged-file" if isinstance(error, DamagedFileError) else "no-checkpoint"
-        found.checks.append(Check("files", str(merged), Outcome.FAIL, error.message, finding=finding, hint=error.hint))
+        # What to do then is said of a base.
+        hint = error.hint if finding == "damaged-file" else "Give the folder of a merged checkpoint as --merged."
+        found.checks.append(Check("files", str(merged), Outcome.FAIL, error.message, finding=finding, hint=hint))
         return None
 
 
 def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Means, found: _Found) -> bool:
     """Judge a merged checkpoint against the merge of base and adapters; tell whether it goes all the way."""
     stored, rules = matched_names([t.name for t in plan.tensors], merged.tensors)
-    if rules:
-        message = f"tensors have other names than the base's: {', '.join(map(str, rules))}"
-        found.checks.append(Check("layout", "names", Outcome.PASS, message))
-    tied = bool(merged.config.get("tie_word_embeddings"))
+    found.checks += check_names(rules, merged)
+    # Without its own tensor, a head is what it is tied to, if it was tied before.
+    tied = merged.config.get("tie_word_embeddings") is True and plan.base.config.get("tie_word_embeddings") is not False
     found.checks += [
         *check_layout(plan, stored, tied=tied),
-        *check_config(plan, merged),
-        *check_side_files(plan, merged),
+        *check_config(plan.base, plan.edits, merged),
+        *check_side_files([f.name for f in plan.side_files if f.source is not None], merged),
     ]
     recorded = _read_manifest(merged, found)
     course, compute, checks = _as_recorded(plan, recorded)
@@ -279,6 +283,8 @@ def _check_by_base(base: Checkpoint, merged: Checkpoint, policy: Policy, means: 
         checks, tensors = check_without_adapter(
             base, merged, policy, max_memory=means.max_memory, jobs=means.jobs, progress=means.progress
         )
+        expected = [f for f in base.side_files if f.name != "README.md"]
+        checks += [*check_config(base, (), merged), *check_side_files(expected, merged)]
         if recorded is not None:
             inputs = InputHashes({f"base/{f.name}": f.path for f in base.files}).digests()
             files = InputHashes({f.name: f.path for f in merged.files}).digests()
@@ -310,4 +316,5 @@ def _as_recorded(plan: FoldPlan, recorded: Recorded | None) -> tuple[Course, tor
     if strength.is_full:
         return course, compute, []
     message = f"it is at alpha {strength.label} of the {course.path} path, by its manifest, and judged as such"
-    return course, compute, [Check("manifest", MANIFEST_NAME, Outcome.PASS, message)]
+    hint = "If that is meant, allow it in a policy: allowed_warnings: [part-way]."
+    return course, compute, [Check("manifest", MANIFEST_NAME, Outcome.FAIL, message, Level.WARNING, "part-way", hint)]
