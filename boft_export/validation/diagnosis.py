@@ -45,12 +45,10 @@ class Diagnosis:
     Attributes:
         finding: By name; None where all that differs is errors that the arithmetic may make.
         message: In a sentence.
-        wrong: Elements beyond those errors, where they were counted.
     """
 
     finding: str | None
     message: str
-    wrong: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Doctor:
         found = suspect.comparison
         if found.not_finite:
             text = f"{found.not_finite} elements are not finite"
-            return Diagnosis("not-finite", text, found.wrong)
+            return Diagnosis("not-finite", text)
         sample: Sequence[Run] = suspect.sample()
         beyond, flipped = found.wrong, 0
         if found.all_places_known or not self._beyond(suspect, sample, self._arithmetic)[0]:
@@ -162,23 +160,23 @@ class Doctor:
             arithmetic = min(self._arithmetic, _FLOAT64) if few else self._arithmetic
             beyond, flipped = self._beyond(suspect, suspect.runs_of_places(), arithmetic)
             if beyond == flipped and 0 < beyond <= _MOST_FLIPPED:
-                return Diagnosis("flipped-bit", f"a bit is turned over in {_count(beyond, 'element')}", beyond)
+                return Diagnosis("flipped-bit", f"a bit is turned over in {_count(beyond, 'element')}")
         sample, part = _wrong_part(suspect, sample)
         inputs = [(run, suspect.before(run), suspect.stored(run)) for run in sample]
         off, effect = _off(suspect, inputs)
         if not beyond and off <= effect / _CLOSER:
-            return Diagnosis(None, "the rest is off by what the arithmetic makes", 0)
+            return Diagnosis(None, "the rest is off by what the arithmetic makes")
         explained = self._explain(suspect, inputs, others)
         if explained is not None:
             finding = "part-skipped" if part and explained.finding == "layer-skipped" else explained.finding
-            return Diagnosis(finding, part + explained.message, beyond)
+            return Diagnosis(finding, part + explained.message)
         if not beyond:
-            return Diagnosis("lost-effect", "what it was to change is no more than the arithmetic's errors", 0)
+            return Diagnosis("lost-effect", "what it was to change is no more than the arithmetic's errors")
         if beyond < _SPORADIC * found.stored.num_elements:
             text = f"{beyond:,} of {found.stored.num_elements:,} elements are wrong, the first at {_place(suspect)}"
-            return Diagnosis("wrong-elements", text, beyond)
+            return Diagnosis("wrong-elements", text)
         last = _by_rows(suspect, inputs) or _low_precision(suspect, inputs) or _by_inner_products(suspect, sample)
-        return Diagnosis(last.finding, part + last.message, beyond)
+        return Diagnosis(last.finding, part + last.message)
 
     @staticmethod
     def _beyond(suspect: Suspect, runs: Sequence[Run], arithmetic: float) -> tuple[int, int]:

@@ -143,7 +143,7 @@ class _Judge:
         if rotated:
             # Of untrained layers, and at alpha 0, the right merge is the base itself.
             same = sum(c.measure is None or not c.measure.changed for c in self._comparisons if c.plan.steps)
-            differ = len(rotated) - max(len(skipped), 0) - same
+            differ = len(rotated) - len(skipped) - same
             if skipped and differ <= 0:
                 text = f"all {len(rotated)} tensors that the adapter rotates are the base's"
                 found.append(_failed("applied", "", "not-applied", text))
@@ -185,7 +185,7 @@ class _Judge:
         ]
         found = self._doctor.diagnose(suspect, others)
         if found.finding == "layer-skipped" and name in self._heads:
-            found = Diagnosis("stale-tie", "it is the base's, though the head it is tied to was merged", found.wrong)
+            found = Diagnosis("stale-tie", "it is the base's, and no longer tied: the adapter was not applied to it")
         self._suspects[name].release()
         for other in others:
             other.release()
