@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
+from boft_export.adapters.adapter import Storage
 from boft_export.linalg.batched_lu import inverse
 from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import SourcedAdapter
@@ -42,7 +43,8 @@ def read_plain_layer(source: SourcedAdapter, layer: AdapterLayer, view: View, ou
     Raises:
         CannotTellError: If the layer's blocks mean something else.
     """
-    if layer.parametrization is not Parametrization.CAYLEY or layer.pairing is not Pairing.BUTTERFLY:
+    plain = layer.storage is Storage.MATRIX and layer.max_norm is None and not layer.shared and not layer.transposed
+    if not plain or layer.parametrization is not Parametrization.CAYLEY or layer.pairing is not Pairing.BUTTERFLY:
         raise CannotTellError(f"{layer.module}: {layer.parametrization} blocks are not known to the hooks.")
     trained = read_tensor(source.refs[layer.blocks])
     skew = (trained - trained.mT) / 2
