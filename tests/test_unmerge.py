@@ -621,6 +621,17 @@ def test_a_damaged_record(base: Path, adapter: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         text = json.dumps(index | {"tensors": rest | {first: rest[first] | {key: value}}}).encode()
         refused(blocks + text + len(text).to_bytes(8, "little"), "sound|record|no tensor", told=True)
+    for changed in (
+        None,
+        rest[first] | {"blocks": [[0, 0, 0], *rest[first]["blocks"]]},
+        rest[first] | {"blocks": rest[first]["blocks"][:1] * 2},
+        rest[first] | {"name": "\ud800"},
+        *({"name": first, "dtype": d, "shape": s, "offset": 0, "blocks": None} for d, s in (
+            ("F4", [3]), ("F32", [1] * 70_000), ("F32", [0, 1 << 70]), ("F32", [0, 1 << 61, 4]), ("BF16", [1, 2]),
+        )),
+    ):  # fmt: skip
+        text = json.dumps(index | {"tensors": rest | {first: changed}}).encode()
+        refused(blocks + text + len(text).to_bytes(8, "little"), "sound|record", told=True)
     broken = bytes(b ^ 0x55 for b in blocks)
     refused(broken + good[len(blocks) :], r"a block of .* can't be read", told=True)
     (merged / name).write_bytes(good)
@@ -635,6 +646,51 @@ def test_a_damaged_record(base: Path, adapter: Path, tmp_path: Path) -> None:
     (merged / name).unlink()
     with pytest.raises(boft_export.DamagedFileError, match="is missing, though"):
         unmerge(merged, adapter, tmp_path / "again")
+
+
+@pytest.mark.parametrize("size", [None, 1500])
+def test_a_record_without_a_tensor_is_refused_in_any_layout(
+    size: int | None, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    boft_export.merge(base, adapter, merged, reversible=True)
+    name = "boft_export.undo/model-00001-of-00002.undo"
+    data = (merged / name).read_bytes()
+    length = int.from_bytes(data[-8:], "little")
+    index = json.loads(data[-8 - length : -8])
+    gone = next(iter(index["tensors"]))
+    text = json.dumps(index | {"tensors": index["tensors"] | {gone: None}}).encode()
+    data = data[: -8 - length] + text + len(text).to_bytes(8, "little")
+    (merged / name).write_bytes(data)
+    manifest = json.loads((merged / "boft_export.json").read_text())
+    manifest["undo"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (merged / "boft_export.json").write_text(json.dumps(manifest))
+    with pytest.raises(boft_export.DamagedFileError, match=r"another .* than the base's header"):
+        unmerge(merged, adapter, tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_of_values_near_the_largest(tmp_path: Path) -> None:
+    """What undoing makes infinite, the record has as it was."""
+    weight = randn(24, 32, seed=3).clamp(-1, 1).half() * 65504
+    base = write_checkpoint(tmp_path / "base", {"a.weight": weight})
+    trained = boft_tensors("a", 32, 24, seed=3)
+    trained[f"{PRE}a.boft_s"] = torch.full((24, 1), 0.3)
+    adapter = write_adapter(tmp_path / "adapter", trained)
+    boft_export.merge(base, adapter, tmp_path / "merged", reversible=True)
+    assert unmerge(tmp_path / "merged", adapter, tmp_path / "out").identical
+
+
+def test_weights_that_scales_have_rounded_away_are_noted(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": (randn(24, 32) * 0.02).half()})
+    for scale, noted in ((1.0, False), (1e-7, True)):
+        trained = boft_tensors("a", 32, 24, seed=3)
+        trained[f"{PRE}a.boft_s"] = torch.full((24, 1), scale)
+        adapter = write_adapter(tmp_path / f"adapter-{scale}", trained)
+        merged = tmp_path / f"merged-{scale}"
+        boft_export.merge(base, adapter, merged)
+        result = unmerge(merged, adapter, tmp_path / f"out-{scale}")
+        assert ("lost-weights" in {n.code for n in result.plan.notices}) == noted
 
 
 def test_bits_in_order() -> None:
@@ -759,7 +815,7 @@ def test_the_command(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert "identical to the base (SHA-256)" in out
     boft_export.merge(base, adapter, tmp_path / "merged", reversible=True, overwrite=True, max_shard_size=2500)
     _, out, _ = run([tmp_path / "merged", adapter, "-o", tmp_path / "out", "--overwrite"])
-    assert "every element the base's by the merge's record, in files laid out otherwise" in out
+    assert "every element as the merge's record has it, in other files than the base's" in out
 
 
 def test_result_is_typed(base: Path, adapter: Path, tmp_path: Path) -> None:

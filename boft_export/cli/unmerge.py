@@ -139,7 +139,7 @@ def _show(out: Output, document: Mapping[str, Any]) -> None:
 
 def _about(document: Mapping[str, Any]) -> str:
     if document["exact"]:
-        return "every element the base's by the merge's record, in files laid out otherwise"
+        return "every element as the merge's record has it, in other files than the base's, so not compared by SHA-256"
     if document["expected"] is None:
         return "nothing was rotated"
     return f"about {_share(document['expected'])} of the rotated elements the base's, the others off by rounding"

@@ -408,6 +408,8 @@ class _Stream:
         if self._back is not None and len(mixture) == 1:
             if (record := self._engine.records.get(tensor.name)) is not None:
                 out = put_right(record, chunk.start, out)
+                # What undoing makes too large for the dtype, the record has as it was.
+                measures = [replace(m, damaged=0) for m in measures]
             found, blocks = self._back.go(
                 out,
                 elements[first],

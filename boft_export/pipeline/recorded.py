@@ -207,6 +207,8 @@ class _Part:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("text")  # noqa: TRY004  # a check says by ValueError what it expected
+    # JSON can hold half characters, which no file system and no terminal takes.
+    value.encode()
     return value
 
 
@@ -260,9 +262,14 @@ def _dtype(value: object) -> str:
     return value
 
 
-def _shape(value: object) -> tuple[int, ...]:
+def check_shape(value: object) -> tuple[int, ...]:
+    """Return a shape, of which JSON may hold anything.
+
+    Raises:
+        ValueError: If it is none that a tensor could have.
+    """
     shape = tuple(_count(v) for v in _list(value))
-    if len(shape) > _MOST_DIMENSIONS or math.prod(shape) >= _LARGEST_NUMBER:
+    if len(shape) > _MOST_DIMENSIONS or math.prod(max(1, i) for i in shape) >= _LARGEST_NUMBER:
         raise ValueError("a shape")
     return shape
 
@@ -289,7 +296,9 @@ def _tensor(part: _Part, adapters: int) -> RecordedTensor:
 
     steps = part.parts("steps") if "steps" in part else []
     alphas = {s.get("adapter", adapter): s.get("alpha", _number) for s in steps}
-    return RecordedTensor(part.get("action", _action), part.get("dtype", _dtype), part.get("shape", _shape), alphas)
+    return RecordedTensor(
+        part.get("action", _action), part.get("dtype", _dtype), part.get("shape", check_shape), alphas
+    )
 
 
 def _interpolation(settings: _Part, adapters: int) -> Interpolation:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.folder import read_text
 from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
 from boft_export.errors import AccessError, DamagedFileError
-from boft_export.pipeline.recorded import Recorded, RecordedFile
+from boft_export.pipeline.recorded import Recorded, RecordedFile, check_shape
 from boft_export.planning import TensorPlan
 from boft_export.planning.output import UNDO_FOLDER
 
@@ -250,11 +250,16 @@ def _tensor(entry: Any, path: Path, end: int) -> UndoTensor:  # noqa: ANN401  # 
     if entry is None:
         return UndoTensor(None)
     name, dtype, offset = entry["name"], entry["dtype"], entry["offset"]
-    shape = tuple(entry["shape"])
+    shape = check_shape(entry["shape"])
     blocks = tuple((a, b, c) for a, b, c in entry["blocks"]) if entry["blocks"] is not None else None
-    numbers = (offset, *shape, *(i for b in blocks or () for i in b))
+    numbers = (offset, *(i for b in blocks or () for i in b))
     if not isinstance(name, str) or dtype not in DTYPE_BITS or any(type(i) is not int or i < 0 for i in numbers):
         raise ValueError("an entry of its index is not what it should be")
+    name.encode()
+    if DTYPE_BITS[dtype] * math.prod(shape) % 8:
+        raise ValueError(f"{name} ends within a byte")
+    if any(a + b > c for (a, b, _), (c, _, _) in pairwise(blocks or ())) or not all(b for _, b, _ in blocks or ()):
+        raise ValueError(f"the blocks of {name} are empty or out of order")
     size = tensor_bytes(dtype, shape) if blocks is None else sum(size for *_, size in blocks)
     if blocks and (dtype not in FLOAT_DTYPES or max(first + count for first, count, _ in blocks) > math.prod(shape)):
         raise ValueError(f"the blocks of {name} are for other elements than it has")

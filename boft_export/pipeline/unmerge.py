@@ -26,6 +26,8 @@ from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.output import UNDO_FOLDER
 
 _COMPARED = 1 << 20
+# Of what the dtype can hold, two thirds and more come back.
+_HARDLY = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class UnmergeResult:
         tensors: What was done to each tensor, and measured.
         expected: The share of the rotated elements that are likely the base's, bit for bit: so many survived a merge
             and an unmerge that were tried on neighbouring values. None where nothing was rotated.
-        exact: The merge's record was there: every element is the base's.
+        exact: The merge's record was there and says what every element was; ``identical`` tells whether that was
+            compared with the base's SHA-256.
         returned: The share of which merging again gives what is in the merged checkpoint, bit for bit.
         identical: The weight files are the base's, by the SHA-256 that the merge noted; None where it noted none of
             these names.
@@ -242,14 +245,34 @@ def _judge(undo: UnmergePlan, run: RunResult, written: OutputResult) -> list[Not
     """
     files = undo.recorded.files if undo.recorded is not None else {}
     changed = [n for n, f in files.items() if run.inputs.get(f"base/{n}", f.sha256) != f.sha256]
+    lost = _lost(undo, written)
     if not changed:
         _check_identical(undo, written)
-        return []
+        return lost
     message = f"{len(changed)} weight files are not as they were written, the first: {changed[0]}"
     if undo.records is not None:
         hint = f"Copy the folder again, or remove {UNDO_FOLDER} from it to go without a record."
         raise DamagedFileError(f"{undo.plan.base.name}: {message}.", hint=hint)
-    return [Notice(Level.WARNING, "changed-since", undo.plan.base.name, message, "What was changed stays changed.")]
+    return [
+        *lost,
+        Notice(Level.WARNING, "changed-since", undo.plan.base.name, message, "What was changed stays changed."),
+    ]
+
+
+def _lost(undo: UnmergePlan, written: OutputResult) -> list[Notice]:
+    """Note tensors of which the merge has kept hardly anything: tiny scales that took it below its dtype's numbers."""
+    gone = [
+        r.plan.name
+        for r in written.tensors
+        # Of a float64 nothing comes back to the last bit, as that is what is computed in.
+        if undo.records is None and r.measure is not None and r.plan.dtype != "F64"
+        if r.measure.kept < _HARDLY * r.measure.tried
+    ]
+    if not gone:
+        return []
+    message = f"of {len(gone)} tensors hardly an element comes back, the first: {gone[0]}"
+    hint = "Their scales are so small that the merge rounded the weights away. Start from the base itself."
+    return [Notice(Level.WARNING, "lost-weights", undo.plan.base.name, message, hint)]
 
 
 def _check_identical(undo: UnmergePlan, written: OutputResult) -> None:
@@ -258,7 +281,7 @@ def _check_identical(undo: UnmergePlan, written: OutputResult) -> None:
         if written.files[name] != told[name]:
             raise CheckFailedError(
                 f"{name} came out with SHA-256 {written.files[name]}, the base's has {told[name]}.",
-                hint=f"Remove {UNDO_FOLDER} from the merged checkpoint to go without a record; please report this.",
+                hint=f"The record is damaged, or this is a bug of ours: remove {UNDO_FOLDER} to go without it.",
             )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint, Shard, TensorRef
 from boft_export.checkpoint.tensors import tensor_bytes
@@ -149,6 +150,8 @@ def plan_unmerge(
     notices += [n for n in plan.notices if n.code != "other-base"]
     headers = record.headers if record is not None and not left else {}
     shards = tuple(_with_header(s, headers[s.name]) if s.name in headers else s for s in plan.shards)
+    if recorded is not None:
+        _check_headers(headers, plan, recorded)
     plan = _with_config(replace(plan, notices=tuple(notices), shards=shards), config_text)
     raise_for_errors(plan.notices, _UNFIT)
     rotated = [t.name for t in plan.tensors if t.steps]
@@ -304,19 +307,52 @@ def _of_record(record: UndoRecord, merged: Checkpoint) -> dict[str, TensorRef | 
     return found
 
 
-def _with_header(shard: Shard[TensorPlan], header: bytes) -> Shard[TensorPlan]:
-    """Return a weight file with the header of the base's, where it has the same tensors at the same places."""
-    if header == shard.header:
-        return shard
+def _check_headers(headers: Mapping[str, bytes], plan: FoldPlan, recorded: Recorded) -> None:
+    """Check that what comes out is what the base's headers say, in whichever files it will be.
+
+    Raises:
+        DamagedFileError: If a tensor is another, or is missing.
+    """
+    found = {t.name: (t.dtype, t.shape) for t in plan.tensors}
+    told = {e.name: (e.dtype, e.shape) for name, header in headers.items() for e in _entries(name, header)}
+    wrong = [n for n, entry in told.items() if found.get(n) != entry]
+    if headers.keys() >= {n for n in recorded.base.sha256 if not n.endswith(".json")}:
+        wrong += found.keys() - told.keys()
+    if wrong:
+        message = f"the record is of another {min(wrong)} than the base's header is"
+        raise DamagedFileError(f"{plan.base.name}: {message}.", hint=_NO_RECORD)
+
+
+class _Entry(NamedTuple):
+    """A tensor in a header, by its place."""
+
+    offsets: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+
+
+def _entries(file: str, header: bytes) -> list[_Entry]:
+    """Return the tensors in a safetensors header, in the order of their places.
+
+    Raises:
+        DamagedFileError: If it is none.
+    """
     try:
         entries = json.loads(header[8:])
         entries.pop("__metadata__", None)
-        told = sorted((e["data_offsets"], e["dtype"], tuple(e["shape"]), name) for name, e in entries.items())
+        return sorted(
+            _Entry(tuple(e["data_offsets"]), e["dtype"], tuple(e["shape"]), name) for name, e in entries.items()
+        )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"the header that the record has of {shard.name} is unsound: {error}.") from error
+        raise DamagedFileError(f"the header that the record has of {file} is unsound: {error}.") from error
+
+
+def _with_header(shard: Shard[TensorPlan], header: bytes) -> Shard[TensorPlan]:
+    """Return a weight file with the header of the base's, where it has the same tensors at the same places."""
     ends = list(accumulate((tensor_bytes(t.dtype, t.shape) for t in shard.tensors), initial=0))
-    ours = [([a, b], t.dtype, t.shape, t.name) for (a, b), t in zip(pairwise(ends), shard.tensors, strict=True)]
-    return replace(shard, header=header) if sorted(ours) == told else shard
+    ours = [_Entry(ab, t.dtype, t.shape, t.name) for ab, t in zip(pairwise(ends), shard.tensors, strict=True)]
+    return replace(shard, header=header) if sorted(ours) == _entries(shard.name, header) else shard
 
 
 def _whole_way(recorded: Recorded | None, name: str) -> bool:
