@@ -305,6 +305,8 @@ class _Comparison:
             output = self._column_gram(rows, width)
             if output.holds and output.conditions >= _SURE:
                 return replace(_with_gram(known, output), kind=ChangeKind.ROTATION_OUTPUT)
+            if output.holds is not False:
+                return replace(known, reason="its columns could be the old ones rotated, and are too few to tell")
         return replace(known, kind=ChangeKind.REPLACEMENT)
 
     def _measure(self, report: Progress) -> _Sums:
