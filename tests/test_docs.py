@@ -27,5 +27,15 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_finding_of_a_validation_is_documented() -> None:
+    """Policies allow findings by name, so people must be able to look them up."""
+    page = (ROOT / "docs" / "validation.md").read_text()
+    code = "".join(p.read_text() for p in (ROOT / "boft_export" / "validation").glob("*.py"))
+    names = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', code))
+    assert len(names) > 40
+    # What never leaves the diagnosis: it becomes inconclusive.
+    assert {n for n in names if f"`{n}`" not in page} == {"lost-effect"}
+
+
 def test_changelog_has_this_version_or_what_comes() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from boft_export.adapters import View
 from boft_export.linalg.bits import as_integers
-from boft_export.linalg.rotation import Factor, Rotation
+from boft_export.linalg.rotation import Rotation
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.fold import unrounded
 from boft_export.pipeline.layers import LayerOperator
 from boft_export.planning import Segment, Step
+from boft_export.validation.mistakes import Mistake, mistakes, without_rotation
 from boft_export.validation.suspects import Run, Steps, Suspect
 
 # How many times an arithmetic's unit roundoff, at the length of the vector that is rotated, an element may be off by.
@@ -51,85 +52,6 @@ class Diagnosis:
     message: str
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """Something that merges get wrong: what it does to a layer's operator."""
-
-    finding: str
-    message: str
-    change: Callable[[LayerOperator], LayerOperator]
-
-
-def _identity(operator: LayerOperator) -> LayerOperator:
-    return replace(operator, rotation=Rotation((operator.rotation.factors[0].identity(),)))
-
-
-def _inverse(operator: LayerOperator) -> LayerOperator:
-    factors = tuple(_transposed(f) for f in reversed(operator.rotation.factors))
-    return replace(operator, rotation=Rotation(factors))
-
-
-def _transposed(factor: Factor) -> Factor:
-    return Factor(factor.blocks.mT.contiguous(), factor.index)
-
-
-def _with_factors(
-    choose: Callable[[tuple[Factor, ...]], tuple[Factor, ...]],
-) -> Callable[[LayerOperator], LayerOperator]:
-    def change(operator: LayerOperator) -> LayerOperator:
-        chosen = choose(operator.rotation.factors)
-        return replace(operator, rotation=Rotation(chosen)) if chosen else _identity(operator)
-
-    return change
-
-
-def _with_scale(choose: Callable[[Tensor], Tensor]) -> Callable[[LayerOperator], LayerOperator]:
-    def change(operator: LayerOperator) -> LayerOperator:
-        return operator if operator.scale is None else replace(operator, scale=choose(operator.scale))
-
-    return change
-
-
-_AS_IT_IS = _Variant("", "", lambda operator: operator)
-_UNROTATED = _Variant("rotation-dropped", "it is not rotated", _identity)
-_ROTATIONS = (
-    _AS_IT_IS,
-    _Variant("transposed-rotation", "it is rotated by R in place of R^T, the other way round", _inverse),
-    _UNROTATED,
-    _Variant("applied-twice", "it is rotated twice", _with_factors(lambda f: f + f)),
-)
-# Of several factors.
-_FACTORS = (
-    _Variant("factors-reversed", "its factors are applied in reverse order", _with_factors(lambda f: f[::-1])),
-    _Variant(
-        "transposed-blocks", "each of its factors is transposed", _with_factors(lambda f: tuple(map(_transposed, f)))
-    ),
-)
-_DROPPED = _Variant("scale-dropped", "its outputs are not scaled", _with_scale(torch.ones_like))
-_SCALES = (
-    _AS_IT_IS,
-    _DROPPED,
-    _Variant("scale-twice", "its outputs are scaled twice", _with_scale(torch.square)),
-    _Variant("scale-inverted", "its outputs are scaled by 1 / s", _with_scale(torch.reciprocal)),
-)
-
-_NOTHING_DONE = (_UNROTATED, _DROPPED)
-
-
-def _rotations(factors: int) -> Iterator[_Variant]:
-    """Yield what may happen to a rotation of ``factors`` factors."""
-    yield from _ROTATIONS
-    if factors == 1:
-        return
-    yield from _FACTORS
-    for i in range(factors):
-        message = f"factor {i} of {factors} was left out"
-        yield _Variant("factor-ignored", message, _with_factors(lambda f, i=i: f[:i] + f[i + 1 :]))  # type: ignore[misc]
-    for i in range(factors if factors > 2 else 0):
-        message = f"only factor {i} of {factors} was applied"
-        yield _Variant("factor-ignored", message, _with_factors(lambda f, i=i: f[i : i + 1]))  # type: ignore[misc]
-
-
 class Doctor:
     """Diagnoses tensors one after the other; what one suffers from is looked for first in the next.
 
@@ -139,7 +61,7 @@ class Doctor:
 
     def __init__(self, arithmetic: float) -> None:
         self._arithmetic = arithmetic
-        self._last: tuple[_Variant, _Variant] | None = None
+        self._last: tuple[Mistake, Mistake] | None = None
 
     def diagnose(self, suspect: Suspect, others: Sequence[Suspect] = ()) -> Diagnosis:
         """Tell what is wrong with a rotated tensor.
@@ -199,13 +121,13 @@ class Doctor:
         right = self._distance(suspect, inputs, suspect.steps)
         factors = max((o.rotation.num_factors for r, _, _ in inputs for _, o in suspect.steps(r.segment)), default=1)
         best: tuple[float, Diagnosis] = (right / _CLOSER, Diagnosis(None, ""))
-        # Of explanations that fit alike the first counts, and nothing done is the simplest.
-        pairs = [_NOTHING_DONE, *((r, s) for r in _rotations(factors) for s in _SCALES if r.finding or s.finding)]
+        # Of explanations that fit alike the first counts.
+        pairs = list(mistakes(factors))
         if self._last is not None:
             pairs.insert(0, self._last)
         for rotation, scale in pairs:
 
-            def steps(segment: Segment, rotation: _Variant = rotation, scale: _Variant = scale) -> Steps:
+            def steps(segment: Segment, rotation: Mistake = rotation, scale: Mistake = scale) -> Steps:
                 return [(p, scale.change(rotation.change(o))) for p, o in suspect.steps(segment)]
 
             distance = self._distance(suspect, inputs, steps)
@@ -288,7 +210,7 @@ def _wrong_part(suspect: Suspect, sample: Sequence[Run]) -> tuple[Sequence[Run],
     return [r for r in sample if r.segment in wrong], f"the part of {', '.join(modules)}: "
 
 
-def _named(rotation: _Variant, scale: _Variant) -> Diagnosis:
+def _named(rotation: Mistake, scale: Mistake) -> Diagnosis:
     """Return what a pair of variants is called: the rotation's fault comes first."""
     if rotation.finding == "rotation-dropped" and scale.finding == "scale-dropped":
         return Diagnosis("layer-skipped", "it is the base's: the adapter was not applied")
@@ -404,7 +326,7 @@ def _in_dtype(run: Run, x: Tensor, steps: Steps, dtype: torch.dtype) -> Tensor:
         lone = replace(operator, rotation=Rotation(narrow), scale=None)
         y = _applied(run, y, step, lone).to(dtype)
         if scale is not None:
-            y = _applied(run, y, step, replace(_identity(operator), scale=scale)).to(dtype)
+            y = _applied(run, y, step, replace(without_rotation(operator), scale=scale)).to(dtype)
     return y.double()
 
 

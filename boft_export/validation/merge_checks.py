@@ -145,7 +145,7 @@ class _Judge:
             same = sum(c.measure is None or not c.measure.changed for c in self._comparisons if c.plan.steps)
             differ = len(rotated) - len(skipped) - same
             if skipped and differ <= 0:
-                text = f"all {len(rotated)} tensors that the adapter rotates are the base's"
+                text = f"all {len(rotated)} stored tensors that the adapter rotates are the base's"
                 found.append(_failed("applied", "", "not-applied", text))
             elif same == len(rotated) and not self._course.variants[0].strength.is_full:
                 text = f"merged as it is meant to be, all {same} rotated tensors are the base's"
