@@ -350,6 +350,43 @@ def test_functional(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert {c["check"] for c in document(done)["checks"] if c["fails"]} == {"functional"}
 
 
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"use_cayley_neumann": False}, "peft"),
+        ({"use_cayley_neumann": False, "coft": True, "eps": 1e-2}, "peft"),
+        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}, "peft"),
+        # What a release computed otherwise than today's is no reference.
+        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "peft_version": None}, None),
+    ],
+)
+def test_functional_of_oft(
+    options: dict[str, Any], reference: str | None, llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, *_ = llama
+    config = {
+        "peft_type": "OFT",
+        "oft_block_size": 4,
+        "r": 0,
+        "block_share": False,
+        "coft": False,
+        "eps": 6e-5,
+    } | options
+    config |= {"target_modules": ["q_proj"]}
+    old = options.get("peft_version", "") is None
+    trained = {"base_model.model.model.layers.0.self_attn.q_proj.oft_R.weight": torch.randn(4, 6) * 0.05}
+    adapter = write_adapter(
+        tmp_path / "oft", trained, config, drop=("boft_block_num", *(("peft_version",) if old else ()))
+    )
+    merged = boft_export.merge(base, adapter, tmp_path / "oft-merged").output
+    done = run(adapter, "--base", base, "--merged", merged, "--functional", "--json")
+    assert done.exit_code == 0
+    found = document(done)
+    assert (found["functional"] or {}).get("reference") == reference
+    (check,) = [c for c in found["checks"] if c["check"] == "functional"]
+    assert check["outcome"] == ("pass" if reference else "inconclusive")
+
+
 def test_functional_of_a_wrong_merge(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, merged = llama
     wrong = tmp_path / "wrong"

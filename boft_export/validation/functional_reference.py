@@ -29,9 +29,13 @@ from boft_export.validation.functional_models import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PEFT_FORMAT = "PEFT BOFT"
-# PEFT multiplies dense n-by-n matrices in each run of a layer. Beyond this many multiplications for each of them, m n^3
-# over all layers, that takes minutes where the hooks take seconds.
+# How PEFT calls a layer's parameters, by the beginning of the format's name: of the trained blocks, and of the scales.
+_PEFT_NAMES = {
+    "PEFT BOFT": ("{module}.boft_R.{adapter}", "{module}.boft_s.{adapter}"),
+    "PEFT OFT": ("{module}.oft_R.{adapter}.weight", None),
+}
+# For BOFT, PEFT multiplies dense n-by-n matrices in each run of a layer. Beyond this many multiplications for each of
+# them, m n^3 over all layers, that takes minutes where the hooks take seconds.
 _PEFT_LIMIT = {"cpu": 2e10, "cuda": 5e12}
 
 
@@ -151,16 +155,25 @@ def _with_hooks(plan: FoldPlan, device: torch.device) -> Reference:
 def _peft_may(plan: FoldPlan, device: torch.device) -> bool:
     """Tell whether PEFT is here and could apply these adapters, at a bearable cost."""
     layers = [s.layer for _, s in _layers(plan)]
+    formats = {_peft_names(a.adapter.format) for a in plan.adapters}
     alike = len({(x.block_size, x.num_factors) for x in layers}) == 1
     alone = len(plan.adapters) == 1 or (alike and not any(a.adapter.replacements for a in plan.adapters))
     return (
         alone
-        and all(a.adapter.format == _PEFT_FORMAT for a in plan.adapters)
+        and len(formats) == 1
+        and None not in formats
+        # Up to 0.17 PEFT ended its series otherwise than it does today.
+        and all(x.is_orthogonal or x.series[-1] == 1 for x in layers)
         and all(s.view is View.INPUT for _, s in _layers(plan))
-        and sum(x.num_factors * x.num_features**3 for x in layers) <= _PEFT_LIMIT.get(device.type, 0)
+        and sum(x.num_factors * x.num_features**3 for x in layers if x.scale) <= _PEFT_LIMIT.get(device.type, 0)
         and _has_peft()
         and (all(x.num_factors == 1 for x in layers) or _has_extension(device))
     )
+
+
+def _peft_names(form: str) -> tuple[str, str | None] | None:
+    """Return how PEFT calls the parameters of a format that it applies on the fly."""
+    return next((names for start, names in _PEFT_NAMES.items() if form.startswith(start)), None)
 
 
 def _has_peft() -> bool:
@@ -251,13 +264,13 @@ def _applied(plan: FoldPlan, model: nn.Module, names: list[str]) -> list[Tensor]
         conv = getattr(module, "base_layer", None)
         if isinstance(conv, nn.Conv2d) and not _is_plain(conv):
             raise _NotAppliedError(layer.module)
-        for key, name in ((layer.blocks, "boft_R"), (layer.scale, "boft_s")):
-            mine = inner.get(f"{layer.module}.{name}.{names[step.adapter]}")
-            if (
-                mine is None
-                or key is None
-                or not torch.equal(mine.cpu().flatten(), read_whole(source.refs[key]).flatten())
-            ):
+        for key, name in zip((layer.blocks, layer.scale), _peft_names(source.adapter.format) or (), strict=True):
+            if (key is None) != (name is None):
+                raise _NotAppliedError(layer.module)
+            if key is None or name is None:
+                continue
+            mine = inner.get(name.format(module=layer.module, adapter=names[step.adapter]))
+            if mine is None or not torch.equal(mine.cpu().flatten(), read_whole(source.refs[key]).flatten()):
                 raise _NotAppliedError(layer.module)
         found += [plain[n] for n in find_parameters(plain, layer.weight, _weight_under(tensor, step))[:1]]
     for name, value in _replaced(plan):
