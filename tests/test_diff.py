@@ -25,6 +25,7 @@ import boft_export
 from boft_export.checkpoint import read_weight_file
 from boft_export.cli import diff as diff_command
 from boft_export.errors import DamagedFileError, ResourceError, UsageError
+from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline import tensor_change, tensor_pair
 from boft_export.pipeline.diff import diff
@@ -164,18 +165,18 @@ def test_steps_of_the_dtype(value: float, away: int, dtype: torch.dtype) -> None
     end = start.clone()
     for _ in range(abs(away)):
         end = torch.nextafter(end, torch.tensor([math.copysign(1, away)], dtype=dtype))
-    found = tensor_change._largest_step(tensor_change._bits(start), tensor_change._bits(end))
+    found = largest_step(start, end)
     assert found == abs(away) == steps(float(start), float(end), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps_across_the_whole_range(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    ends = [tensor_change._bits(torch.tensor([x], dtype=dtype)) for x in (info.min, info.max)]
-    positive = int(ends[1][0])
-    assert tensor_change._largest_step(*ends) == 2 * positive
-    zeros = [tensor_change._bits(torch.tensor([x], dtype=dtype)) for x in (-0.0, 0.0)]
-    assert tensor_change._largest_step(*zeros) == 0
+    ends = [torch.tensor([x], dtype=dtype) for x in (info.min, info.max)]
+    positive = int(as_integers(ends[1])[0])
+    assert largest_step(*ends) == 2 * positive
+    zeros = [torch.tensor([x], dtype=dtype) for x in (-0.0, 0.0)]
+    assert largest_step(*zeros) == 0
 
 
 @given(st.floats(1e-12, 3.1), st.floats(0.5, 2), st.integers(2, 40))

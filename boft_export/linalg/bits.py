@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,3 +30,19 @@ def from_order(order: Tensor, dtype: torch.dtype) -> Tensor:
     integer = _INTEGERS[dtype.itemsize]
     info = torch.iinfo(integer)
     return torch.where(order < 0, info.min + (-1 - order), order).to(integer).view(dtype)
+
+
+def largest_step(a: Tensor, b: Tensor) -> int:
+    """Return by how many numbers of their dtype two tensors are apart at most, where -0 is 0; on the CPU."""
+    if not a.numel():
+        return 0
+    first, second = (_order_of_values(as_integers(x).numpy()) for x in (a, b))
+    unsigned = f"u{first.dtype.itemsize}"
+    # The difference of two signed integers always fits the unsigned ones.
+    return int((np.maximum(first, second).view(unsigned) - np.minimum(first, second).view(unsigned)).max())
+
+
+def _order_of_values(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return integers in the order of the floats whose bits are given; both zeros become 0."""
+    negative = bits >> (8 * bits.dtype.itemsize - 1)
+    return ((bits & np.iinfo(bits.dtype).max) ^ negative) - negative

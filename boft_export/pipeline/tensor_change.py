@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from boft_export.checkpoint import TensorRef
+from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.linalg.gram import EXACT_ROWS, ExactGram, GramResult, Rounding, SketchedGram, row_signs
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.options import Progress
@@ -347,8 +347,9 @@ class _Comparison:
             short, short_new = x.to(narrow), y.to(narrow)
             a, b = short.to(torch.float64), short_new.to(torch.float64)
             same = x.contiguous() if x.dtype is y.dtype else round_once(a, self._dtype)
-            keys, keys_new = _bits(same), _bits(y)
-            changed[rows] += torch.from_numpy(np.count_nonzero(keys != keys_new, axis=1))
+            keys, keys_new = same, y
+            differs = as_integers(same).numpy() != as_integers(y).numpy()
+            changed[rows] += torch.from_numpy(np.count_nonzero(differs, axis=1))
             squares, squares_new = _row_squares(a), _row_squares(b)
             if not math.isfinite(float(squares.sum() + squares_new.sum())):
                 wrong, wrong_new = ~torch.isfinite(a), ~torch.isfinite(b)
@@ -356,10 +357,10 @@ class _Comparison:
                 left_out = wrong | wrong_new | ~torch.isfinite(same)
                 a, b = a.masked_fill(left_out, 0), b.masked_fill(left_out, 0)
                 short, short_new = a.to(narrow), b.to(narrow)
-                keys, keys_new = _bits(same.masked_fill(left_out, 0)), _bits(y.masked_fill(left_out, 0))
+                keys, keys_new = same.masked_fill(left_out, 0), y.masked_fill(left_out, 0)
                 squares, squares_new = _row_squares(a), _row_squares(b)
             sums[:, rows] += torch.stack([squares, squares_new, _row_squares(b - a)])
-            largest = max(largest, _largest_step(keys, keys_new))
+            largest = max(largest, largest_step(keys, keys_new))
             if isinstance(gram, SketchedGram):
                 gram.add(block.row + rows.start, short, short_new, squares.sqrt(), squares_new.sqrt())
             elif gram is not None:
@@ -391,7 +392,7 @@ class _Comparison:
         largest = 0
         for rows, columns in self._pair.tiles(block):
             expected = round_once(old[rows, columns].to(torch.float64) * factor[rows], self._dtype)
-            largest = max(largest, _largest_step(_bits(expected), _bits(new[rows, columns].contiguous())))
+            largest = max(largest, largest_step(expected, new[rows, columns].contiguous()))
         return largest
 
     def _is_edited(self, sums: _Sums) -> bool:
@@ -533,25 +534,3 @@ def _row_squares(x: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(length > 0, x / length, 0.0)
-
-
-def _bits(x: Tensor) -> npt.NDArray[Any]:
-    """Return the bits of float elements as signed integers, without a copy."""
-    size = x.element_size()
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy()
-
-
-def _largest_step(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
-    """Return how many numbers of a dtype lie between two elements, at most; from their bits."""
-    if not a.size:
-        return 0
-    a, b = _ordered(a), _ordered(b)
-    unsigned = f"u{a.dtype.itemsize}"
-    # The difference of two signed integers always fits the unsigned ones.
-    return int((np.maximum(a, b).view(unsigned) - np.minimum(a, b).view(unsigned)).max())
-
-
-def _ordered(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return integers in the order of the floats whose bits are given; both zeros become 0."""
-    negative = bits >> (8 * bits.dtype.itemsize - 1)
-    return ((bits & np.iinfo(bits.dtype).max) ^ negative) - negative

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from boft_export.checkpoint import FLOAT_DTYPES, Shard, TensorRef
 from boft_export.checkpoint.tensors import FileBytes
-from boft_export.linalg.bits import as_integers, to_order
+from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.pipeline.engine import Engine, replay_plan
 from boft_export.pipeline.fold import Measure
 from boft_export.pipeline.hashing import InputHashes
@@ -63,13 +63,12 @@ class Comparison:
         places = differs.nonzero().flatten()
         a, b = correct[places], stored[places]
         sound = torch.isfinite(a) & torch.isfinite(b)
-        steps = (to_order(a[sound]) - to_order(b[sound])).abs()
         kept = places[: MOST_PLACES - len(self.places)] + start
         return replace(
             self,
             wrong=self.wrong + len(places),
             places=torch.cat([self.places, kept]),
-            largest_ulp=max(self.largest_ulp or 0, int(steps.max()) if len(steps) else 0),
+            largest_ulp=max(self.largest_ulp or 0, largest_step(a[sound], b[sound])),
             not_finite=self.not_finite
             + int(((torch.isfinite(a) & ~torch.isfinite(b)) | (b.isnan() & ~a.isnan())).sum()),
         )
