@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from boft_export.linalg.interpolation import factorwise, geodesic, interpolate_rotation, interpolate_scale
     from boft_export.linalg.path import InterpolationPath
     from boft_export.linalg.rotation import Factor, Rotation
+    from boft_export.models.inputs import FunctionalInputs
+    from boft_export.onnx.export import ExportResult, export_onnx
+    from boft_export.onnx.verify import Agreement
     from boft_export.pipeline.diff import Diff, diff
     from boft_export.pipeline.interpolate import InterpolationResult, interpolate
     from boft_export.pipeline.merge import MergeResult, merge
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from boft_export.planning.inspection import Inspection, inspect
     from boft_export.planning.model import FoldPlan
     from boft_export.report.path_report import write_path_report
-    from boft_export.validation.functional_inputs import FunctionalInputs
     from boft_export.validation.model import Check, FunctionalFacts, LayerFacts, Outcome, TensorFacts, Validation
     from boft_export.validation.policy import Policy, Thresholds, read_policy
     from boft_export.validation.validate import validate
@@ -46,15 +48,17 @@ if TYPE_CHECKING:
 # Where each public name is, and what it is called there.
 _PUBLIC = {
     "AccessError": "errors",
+    "Agreement": "onnx.verify",
     "BoftExportError": "errors",
     "Check": "validation.model",
     "CheckFailedError": "errors",
     "DamagedFileError": "errors",
     "Diff": "pipeline.diff",
+    "ExportResult": "onnx.export",
     "Factor": "linalg.rotation",
     "FoldPlan": "planning.model",
     "FunctionalFacts": "validation.model",
-    "FunctionalInputs": "validation.functional_inputs",
+    "FunctionalInputs": "models.inputs",
     "InputError": "errors",
     "Inspection": "planning.inspection",
     "InterpolationPath": "linalg.path",
@@ -78,6 +82,7 @@ _PUBLIC = {
     "UsageError": "errors",
     "Validation": "validation.model",
     "diff": "pipeline.diff",
+    "export_onnx": "onnx.export",
     "factorwise": "linalg.interpolation",
     "geodesic": "linalg.interpolation",
     "inspect": "planning.inspection",
@@ -97,11 +102,13 @@ _PUBLIC = {
 
 __all__ = [
     "AccessError",
+    "Agreement",
     "BoftExportError",
     "Check",
     "CheckFailedError",
     "DamagedFileError",
     "Diff",
+    "ExportResult",
     "Factor",
     "FoldPlan",
     "FunctionalFacts",
@@ -130,6 +137,7 @@ __all__ = [
     "Validation",
     "__version__",
     "diff",
+    "export_onnx",
     "factorwise",
     "geodesic",
     "inspect",

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from boft_export.cli.main import app
 
-COMMANDS = ("merge", "interpolate", "unmerge", "validate", "diff", "inspect", "rotation", "env")
+COMMANDS = ("merge", "interpolate", "onnx", "unmerge", "validate", "diff", "inspect", "rotation", "env")
 AT_HALF = ("interpolate", "{base}", "{adapter}", "-o", "{out}", "--alpha", "0.5")
 
 

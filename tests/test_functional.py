@@ -25,13 +25,13 @@ from torch import Tensor
 
 import boft_export
 from boft_export.adapters import View
+from boft_export.models.activation_hooks import PlainLayer, rotate_kernel, times_rotation, times_transpose
+from boft_export.models.inputs import FunctionalInputs, make_batches
+from boft_export.models.loading import CannotTellError, load_merged
+from boft_export.models.reference import load_reference
 from boft_export.pipeline.layers import build_layer
 from boft_export.planning import FoldPlan
-from boft_export.validation.activation_hooks import PlainLayer, rotate_kernel, times_rotation, times_transpose
 from boft_export.validation.functional import FunctionalLimits, check_functional, compare_functional, functional_checks
-from boft_export.validation.functional_inputs import FunctionalInputs, make_batches
-from boft_export.validation.functional_models import CannotTellError, load_merged
-from boft_export.validation.functional_reference import load_reference
 from boft_export.validation.model import Check, FunctionalFacts, Outcome
 
 enable_butterflies_on_cpu()

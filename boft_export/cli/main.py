@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from boft_export.cli import diff, env, inspect, interpolate, merge, rotation, unmerge, validate
+from boft_export.cli import diff, env, inspect, interpolate, merge, onnx, rotation, unmerge, validate
 from boft_export.version import __version__
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _options(
     pass
 
 
-for _command in (merge, interpolate, unmerge, validate, diff, inspect, rotation, env):
+for _command in (merge, interpolate, onnx, unmerge, validate, diff, inspect, rotation, env):
     app.command(_command.NAME, epilog=_command.EPILOG)(_command.command)
 
 

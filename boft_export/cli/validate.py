@@ -18,7 +18,7 @@ from boft_export.cli.run import reported
 from boft_export.errors import BoftExportError, CheckFailedError, UsageError
 
 if TYPE_CHECKING:
-    from boft_export.validation.functional_inputs import FunctionalInputs
+    from boft_export.models.inputs import FunctionalInputs
 
 NAME = "validate"
 EPILOG = opt.examples(
@@ -180,7 +180,7 @@ def _inputs(
     texts: Sequence[str], text_file: Path | None, images: Sequence[Path], *, wanted: bool
 ) -> FunctionalInputs | None:
     """Return what to run models on; None where they are not to be run."""
-    from boft_export.validation.functional_inputs import FunctionalInputs
+    from boft_export.models.inputs import FunctionalInputs
 
     if text_file is not None:
         if texts or images:

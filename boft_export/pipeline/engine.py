@@ -261,8 +261,7 @@ class _Writer:
         self._digest.update(data)
         for measure in tiles:
             self._measures[tensor.name] = self._measures.get(tensor.name, Measure()) + measure
-            if measure.damaged or measure.unsound:
-                raise _not_finite(tensor, measure)
+            check_finite(tensor, measure)
         return len(data)
 
     def journal_entry(self, layers: LayerCache) -> dict[str, object]:
@@ -430,16 +429,22 @@ def _width(tensor: TensorPlan, origin: int) -> int:
     return ref.nbytes // ref.num_elements
 
 
-def _not_finite(tensor: TensorPlan, measure: Measure) -> InputError:
-    if measure.unsound and not measure.damaged:
-        return InputError(
+def check_finite(tensor: TensorPlan, measure: Measure) -> None:
+    """See that what was made of a tensor is finite.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if measure.damaged:
+        raise InputError(
+            f"{tensor.name}: {measure.damaged} values are not finite as {tensor.dtype}, though the base's are.",
+            hint="Write a wider dtype (--dtype float32), or look for very large scales in the adapter.",
+        )
+    if measure.unsound:
+        raise InputError(
             f"{tensor.name}: {measure.unsound} values in the adapter's {tensor.source.name} are not finite.",
             hint="The training diverged, or the file is damaged. Use an earlier adapter.",
         )
-    return InputError(
-        f"{tensor.name}: {measure.damaged} values are not finite as {tensor.dtype}, though the base's are.",
-        hint="Write a wider dtype (--dtype float32), or look for very large scales in the adapter.",
-    )
 
 
 def _names(shard: str, variant: Variant, engine: Engine) -> list[str]:

@@ -58,3 +58,12 @@ class InputHashes:
                 raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
             self._advance(path, size)
         return {name: self._state[path][0].hexdigest() for name, path in self._files.items()}
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256.
+
+    Raises:
+        AccessError: If it cannot be read.
+    """
+    return InputHashes({"": path}).digests()[""]

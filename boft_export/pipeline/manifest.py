@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
+from boft_export.pipeline.engine import OutputResult, TensorResult
 from boft_export.pipeline.recorded import SCHEMA_VERSION, RecordedFile
 from boft_export.planning import Action, FoldPlan, Step
 from boft_export.planning.output import UNDO_FOLDER
@@ -16,12 +16,26 @@ from boft_export.version import __version__
 
 
 def manifest(
-    command: str, plan: FoldPlan, run: RunResult, output: OutputResult, settings: Mapping[str, Any]
+    command: str,
+    plan: FoldPlan,
+    inputs: Mapping[str, str],
+    output: OutputResult,
+    files: Mapping[str, RecordedFile],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return an output's manifest: the same for every run over the same inputs and settings, with no paths or times."""
+    """Return an output's manifest: the same for every run over the same inputs and settings, with no paths or times.
+
+    Args:
+        command: The verb.
+        plan: What was planned, with all notices.
+        inputs: SHA-256 of each input file.
+        output: What was done.
+        files: The files of weights that were written.
+        settings: What was asked for.
+    """
 
     def hashes(prefix: str) -> dict[str, str]:
-        return {n.removeprefix(prefix): h for n, h in run.inputs.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): h for n, h in inputs.items() if n.startswith(prefix)}
 
     base = {"name": plan.base.name, "revision": plan.base.revision, "sha256": hashes("base/")}
     adapters = [
@@ -49,13 +63,17 @@ def manifest(
         "adapters": adapters,
         "settings": dict(settings),
         "config_edits": [{"path": list(e.path), "value": e.value, "reason": e.reason} for e in plan.edits],
-        "files": {s.name: {"bytes": s.nbytes, "sha256": output.files[s.name]} for s in plan.shards},
-        **({"undo": {n: {"bytes": f.nbytes, "sha256": f.sha256} for n, f in undo.items()}} if undo else {}),
+        "files": _file_records(files),
+        **({"undo": _file_records(undo)} if undo else {}),
         "tensors": {r.plan.name: tensor_record(r, output.variant.strength) for r in output.tensors},
         "notices": [
             {"level": n.level.value, "code": n.code, "subject": n.subject, "message": n.message} for n in plan.notices
         ],
     }
+
+
+def _file_records(files: Mapping[str, RecordedFile]) -> dict[str, Any]:
+    return {name: {"bytes": f.nbytes, "sha256": f.sha256} for name, f in files.items()}
 
 
 def tensor_record(result: TensorResult, strength: Strength) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def plan_memory(
             f"{limit or 0:,} bytes of memory are too few: this run needs {fixed + smallest:,}.",
             hint=f"Raise --max-memory to at least {-(-(fixed + smallest) // (1 << 20))}MiB, or use fewer --jobs.",
         )
-    chunk = max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1))), 1 << 16)
+    # Whole elements, whatever their size.
+    chunk = max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1)) // 8 * 8), 1 << 16)
     return MemoryPlan(in_flight, chunk, in_flight // (jobs + 1), rotations, fixed + in_flight)
 
 

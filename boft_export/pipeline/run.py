@@ -28,7 +28,7 @@ from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
 from boft_export.pipeline.prepare import Prepared, is_reversible, prepare
-from boft_export.pipeline.recorded import MANIFEST_NAME
+from boft_export.pipeline.recorded import MANIFEST_NAME, RecordedFile
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.pipeline.undo import UndoTensor
 from boft_export.planning import Action, FoldPlan
@@ -123,7 +123,7 @@ def run(
     asked = (lambda _: {}) if command == "merge" else interpolation.record
     reversible = is_reversible(options)
     settings = {"reversible": True} if reversible else {}
-    verb = Verb(command, asked, _check_effect, way_back=reversible, reversible=reversible, settings=settings)
+    verb = Verb(command, asked, check_effect, way_back=reversible, reversible=reversible, settings=settings)
     return carry_out(verb, ready, options, devices)
 
 
@@ -197,7 +197,9 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[t
             lost += (found := verb.judge(done, written, untrained))
             told = replace(plan, notices=(*plan.notices, *found))
             asked = verb.record(strength)
-            made = manifest(verb.name, told, done, written, {**asked, **settings}) | verb.told(done, written)
+            files = {s.name: RecordedFile(s.nbytes, written.files[s.name]) for s in plan.shards}
+            made = manifest(verb.name, told, done.inputs, written, files, {**asked, **settings})
+            made |= verb.told(done, written)
             manifests.append(made)
             text = verb.card(told, card, asked)
             _write_side_files(plan, staging, written, dump(manifests[-1]), text)
@@ -245,7 +247,7 @@ def _check_disk(plan: FoldPlan, course: Course, staging: Staging, *, reversible:
         )
 
 
-def _check_effect(_: RunResult, written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
+def check_effect(_: object, written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:
     """Note trained layers that changed nothing, as their effect was lost in rounding; fail where a whole merge was.
 
     Args:

@@ -15,7 +15,7 @@ from boft_export.linalg.bits import as_integers
 from boft_export.linalg.interpolation import interpolate_scale
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.engine import OutputResult, RunResult, TensorResult
-from boft_export.pipeline.hashing import InputHashes
+from boft_export.pipeline.hashing import file_digest
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.restored_card import restored_card
 from boft_export.pipeline.run import Verb, carry_out, devices_for
@@ -191,7 +191,7 @@ def _check_base(undo: UnmergePlan) -> None:
     for file in undo.base.files if undo.base is not None else ():
         if taken.isdisjoint(map(id, file.tensors)):
             continue
-        digest = InputHashes({"": file.path}).digests()[""]
+        digest = file_digest(file.path)
         if told.get(file.name, digest) != digest:
             raise InputError(
                 f"{file.path} has SHA-256 {digest}, the merge was made from one with {told[file.name]}.",

@@ -17,12 +17,8 @@ from torch import Tensor
 
 from boft_export.checkpoint.folder import open_checkpoint
 from boft_export.errors import UsageError
-from boft_export.pipeline.allocator import keep_tiles_free_chunks
-from boft_export.pipeline.torch_io import resolve_devices
-from boft_export.planning import FoldPlan
-from boft_export.planning.model import Action
-from boft_export.validation.functional_inputs import Batch, FunctionalInputs, make_batches
-from boft_export.validation.functional_models import (
+from boft_export.models.inputs import Batch, FunctionalInputs, make_batches
+from boft_export.models.loading import (
     BrokenMergeError,
     CannotTellError,
     LoadedModel,
@@ -31,7 +27,11 @@ from boft_export.validation.functional_models import (
     model_errors,
     quiet_transformers,
 )
-from boft_export.validation.functional_reference import Reference, load_reference
+from boft_export.models.reference import Reference, load_reference
+from boft_export.pipeline.allocator import keep_tiles_free_chunks
+from boft_export.pipeline.torch_io import resolve_devices
+from boft_export.planning import FoldPlan
+from boft_export.planning.model import Action
 from boft_export.validation.model import Check, FunctionalFacts, Number, Outcome
 
 if TYPE_CHECKING:

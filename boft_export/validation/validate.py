@@ -17,6 +17,7 @@ from boft_export.errors import (
     Notice,
     UsageError,
 )
+from boft_export.models.inputs import FunctionalInputs
 from boft_export.pipeline.engine import Engine
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import inspect_values
@@ -31,7 +32,6 @@ from boft_export.planning.names import matched_names
 from boft_export.planning.strength import Course, Interpolation
 from boft_export.validation.folder_checks import check_config, check_manifest, check_names, check_side_files
 from boft_export.validation.functional import FunctionalLimits, check_functional
-from boft_export.validation.functional_inputs import FunctionalInputs
 from boft_export.validation.layer_checks import check_layers, check_required
 from boft_export.validation.merge_checks import check_layout, check_tensors, fitting
 from boft_export.validation.model import Check, FunctionalFacts, LayerFacts, Outcome, TensorFacts, Validation

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from boft_export.adapters import View
-from boft_export.planning import FoldPlan
-from boft_export.planning.model import Step, TensorPlan
-from boft_export.validation.activation_hooks import ActivationHooks, PlainLayer, read_plain_layer, rotate_kernel
-from boft_export.validation.functional_models import (
+from boft_export.models.activation_hooks import ActivationHooks, PlainLayer, read_plain_layer, rotate_kernel
+from boft_export.models.loading import (
     CannotTellError,
     find_parameters,
     load_base,
@@ -25,6 +23,8 @@ from boft_export.validation.functional_models import (
     read_run,
     read_whole,
 )
+from boft_export.planning import FoldPlan
+from boft_export.planning.model import Step, TensorPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

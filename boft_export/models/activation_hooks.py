@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from boft_export.adapters import AdapterLayer, Pairing, Parametrization, View
 from boft_export.adapters.adapter import Storage
 from boft_export.linalg.batched_lu import inverse
+from boft_export.models.loading import CannotTellError
 from boft_export.pipeline.torch_io import read_tensor
 from boft_export.planning import SourcedAdapter
-from boft_export.validation.functional_models import CannotTellError
 
 
 @dataclass(frozen=True)

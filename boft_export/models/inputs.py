@@ -13,7 +13,7 @@ from torch import Tensor
 
 from boft_export.checkpoint.folder import read_text
 from boft_export.errors import InputError, UsageError
-from boft_export.validation.functional_models import CannotTellError, model_errors
+from boft_export.models.loading import CannotTellError, model_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""Models in memory, through transformers: loaded, given inputs, and run under their adapters."""

@@ -1,0 +1,300 @@
+"""Exporting: from references to a finished folder with a graph that was proven in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from boft_export.checkpoint import DTYPE_OF_NAME, Staging, free_bytes
+from boft_export.errors import DamagedFileError, Level, Notice, ResourceError, UsageError, raise_for_errors
+from boft_export.linalg.path import InterpolationPath
+from boft_export.models.loading import quiet_transformers
+from boft_export.onnx.external_data import DataFile, Layout, Placed
+from boft_export.onnx.folder import write_side_files
+from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
+from boft_export.onnx.skeleton import Skeleton, build_skeleton
+from boft_export.onnx.tasks import find_task
+from boft_export.onnx.trace import Traced, trace
+from boft_export.onnx.verify import Agreement, verify
+from boft_export.onnx.weights import used_plan, write_weights
+from boft_export.pipeline.engine import Engine
+from boft_export.pipeline.hashing import file_digest
+from boft_export.pipeline.layers import inspect_values
+from boft_export.pipeline.manifest import manifest
+from boft_export.pipeline.model_card import card_metadata
+from boft_export.pipeline.options import Progress, RunOptions
+from boft_export.pipeline.prepare import Prepared, check_options, fit_memory, keep_off_inputs, prepare
+from boft_export.pipeline.recorded import RecordedFile
+from boft_export.pipeline.run import COMPUTE_DTYPES, check_effect, devices_for
+from boft_export.pipeline.torch_io import TORCH_DTYPES
+from boft_export.planning import Action, FoldPlan, TensorPlan, make_plan
+from boft_export.planning.alphas import Alpha, AlphaMap
+from boft_export.planning.config_edits import apply_edits
+from boft_export.planning.inputs import Ref, Sources
+from boft_export.planning.strength import Interpolation, interpolation
+
+DEFAULT_OPSET = 23
+MIN_OPSET, MAX_OPSET = 18, 24
+
+
+@dataclass(frozen=True)
+class ExportOptions(RunOptions):
+    """How an export is done.
+
+    Attributes:
+        task: What the model is exported for; None for what its config says.
+        opset: The version of ONNX's operators.
+    """
+
+    task: str | None = None
+    opset: int = DEFAULT_OPSET
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export.
+
+    Attributes:
+        output: The folder.
+        plan: What was planned, with all notices.
+        task: What it was exported for.
+        graphs: Each graph's file below the folder, with its number of nodes.
+        agreements: How the graphs' outputs compare with the model's.
+        manifest: The content of the folder's ``boft_export.json``.
+    """
+
+    output: Path
+    plan: FoldPlan
+    task: str
+    graphs: dict[str, int]
+    agreements: tuple[Agreement, ...]
+    manifest: dict[str, Any]
+
+
+def export_onnx(
+    model: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    *,
+    task: str | None = None,
+    opset: int = DEFAULT_OPSET,
+    alpha: Alpha | None = None,
+    path: InterpolationPath | str = "geodesic",
+    alpha_map: AlphaMap | None = None,
+    dtype: str | None = "float32",
+    compute_dtype: str = "float64",
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    sources: Sources | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write an ONNX graph of a model with adapters folded into it, proven in ONNX Runtime, all or nothing.
+
+    The weights are never loaded: the graph is traced without them, and they are folded and streamed into the data file
+    beside it.
+
+    Args:
+        model: The checkpoint: a local path or a Hub id; None for the one the adapter names.
+        adapters: None, one or several adapters, in the order in which they apply.
+        output: The folder to write; it appears only when it is complete.
+        task: What the model is exported for; None for what its config says.
+        opset: The version of ONNX's operators.
+        alpha: How far to go from base (0) to tuned (1), one number for all adapters or one for each.
+        path: The path to go on, as ``interpolate`` has it.
+        alpha_map: Glob patterns over tensor names, each with its own alpha.
+        dtype: The graph's dtype: ``float32``, ``float16`` or ``bfloat16``; None for the base's.
+        compute_dtype: ``float64``, after which each element is rounded once, or ``float32``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_memory: Bytes that folding may take, as ``700MiB``.
+        jobs: Threads that fold.
+        overwrite: Replace ``output`` where it exists, in one step at the end.
+        sources: Where inputs come from.
+        progress: Called with bytes written, bytes in all, and the tensor's name.
+
+    Raises:
+        CheckFailedError: If the graph's outputs are not the model's, or a trained adapter changed nothing.
+        UsageError: If an argument can't be understood, or ``output`` may not be written.
+        InputError: If inputs don't fit together or are damaged, or the model can't be exported.
+        AccessError: If the Hub or the file system fails.
+        ResourceError: If memory or disk does not suffice.
+    """
+    options = ExportOptions(
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        device=device,
+        max_memory=max_memory,
+        jobs=jobs,
+        overwrite=overwrite,
+        sources=sources,
+        progress=progress,
+        task=task,
+        opset=opset,
+    )
+    request = interpolation(1.0 if alpha is None and alpha_map is None else alpha, None, path, alpha_map)
+    devices = devices_for(options)
+    ready = prepare_export(model, adapters, output, request, options, devices[0].type)
+    with quiet_transformers():
+        return _carry_out(ready, request, options, devices)
+
+
+def prepare_export(
+    model: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    request: Interpolation,
+    options: ExportOptions,
+    device_type: str,
+) -> Prepared:
+    """Check all that headers and options can show.
+
+    Raises:
+        BoftExportError: As ``prepare`` does.
+    """
+    if not MIN_OPSET <= options.opset <= MAX_OPSET:
+        raise UsageError(f"opset {options.opset} can't be exported.", hint=f"Give --opset {MIN_OPSET} to {MAX_OPSET}.")
+    if options.task is not None:
+        find_task({}, options.task)
+    if adapters:
+        return prepare(model, adapters, output, request, options, device_type)
+    if model is None:
+        raise UsageError("there is neither a model nor an adapter that names one.")
+    check_options(output, options)
+    base = (options.sources or Sources()).base(model)
+    dtype = DTYPE_OF_NAME[options.dtype] if options.dtype is not None else None
+    plan = make_plan(base, (), dtype=dtype)
+    keep_off_inputs(Path(output), plan, model, ())
+    raise_for_errors(plan.notices, "the model can't be exported")
+    return fit_memory(plan, request.course(plan), output, options, device_type)
+
+
+def _carry_out(
+    ready: Prepared, request: Interpolation, options: ExportOptions, devices: tuple[torch.device, ...]
+) -> ExportResult:
+    values = [inspect_values(a) for a in ready.plan.adapters]
+    untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
+    plan = replace(ready.plan, notices=(*(n for notices, _ in values for n in notices), *ready.plan.notices))
+    raise_for_errors(plan.notices, "the adapter can't be folded into this model")
+    task = find_task(_config(plan), options.task)
+    settings: dict[str, Any] = {
+        "dtype": options.dtype or "keep",
+        "compute_dtype": options.compute_dtype,
+        "device": devices[0].type,
+        "task": task.name,
+        "opset": options.opset,
+        "torch": torch.__version__,
+    }
+    fingerprint = plan.fingerprint(settings)
+    card = card_metadata(plan)
+    staging = Staging(ready.output, fingerprint, overwrite=options.overwrite)
+    try:
+        skeleton = build_skeleton(plan, task, _graph_dtype(plan))
+        traced = {g.name: trace(skeleton, g, options.opset) for g in task.graphs(skeleton.model)}
+        used = _used(traced, skeleton)
+        plan = replace(plan, notices=(*_left_out(plan, used), *plan.notices))
+        folded = used_plan(plan, used)
+        places, weights, layout = _lay_out(traced, skeleton)
+        _check_disk(layout.nbytes, plan, staging)
+        folder = staging.files / plan.base.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
+        with DataFile(folder / DATA_NAME, layout.nbytes) as file:
+            written, inputs = write_weights(file, places, folded, ready.course, engine, options.progress)
+        if plan.fingerprint(settings) != fingerprint:
+            raise DamagedFileError(
+                "an input file changed while it was read.", hint="Run again once nothing writes to it."
+            )
+        lost = check_effect(None, written, untrained)
+        plan = replace(plan, notices=(*plan.notices, *lost))
+        graphs = {}
+        for name, graph in traced.items():
+            file_name = f"{name}.onnx"
+            save_graph(graph.model, weights[name], folder / file_name, graph_metadata(plan, inputs, task.name))
+            graphs[str(plan.base.folder / file_name)] = graph.model.graph.num_nodes()
+        del skeleton, traced
+        agreements = verify(plan, task, folder)
+        asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
+        files = {
+            str(plan.base.folder / f.name): RecordedFile(f.stat().st_size, file_digest(f))
+            for f in sorted(folder.glob("*.onnx*"))
+        }
+        made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
+        made["verified"] = [a.document() for a in agreements]
+        write_side_files(plan, staging, made, card, asked)
+        staging.publish()
+    except BaseException:
+        # Nothing of it could be taken up again.
+        staging.discard()
+        raise
+    return ExportResult(ready.output, plan, task.name, graphs, agreements, made)
+
+
+def _config(plan: FoldPlan) -> dict[str, Any]:
+    """Return the config of the plan's output."""
+    text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
+    return json.loads(text or "{}")  # type: ignore[no-any-return]  # it was parsed as an object before
+
+
+def _graph_dtype(plan: FoldPlan) -> torch.dtype:
+    """Return the dtype of most weights: that of the graph."""
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype in TORCH_DTYPES:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.source.num_elements
+    return TORCH_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
+
+
+def _used(traced: Mapping[str, Traced], skeleton: Skeleton) -> dict[str, TensorPlan]:
+    """Return the plan's tensors that the graphs use, by name."""
+    names = dict.fromkeys(w.name for g in traced.values() for w in g.weights.values())
+    skeleton.check_found(names)
+    return {t.name: t for t in (skeleton.sources[n] for n in names)}
+
+
+def _left_out(plan: FoldPlan, used: Mapping[str, TensorPlan]) -> list[Notice]:
+    """Return notices of what adapters change and the graphs don't have."""
+    changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT) and t.name not in used]
+    if not changed:
+        return []
+    message = f"{len(changed)} tensors that the adapters change are not used for this task"
+    return [Notice(Level.WARNING, "not-in-graph", changed[0], message, "Name another task with --task.")]
+
+
+def _lay_out(
+    traced: Mapping[str, Traced], skeleton: Skeleton
+) -> tuple[dict[str, list[Placed]], dict[str, dict[str, Placed]], Layout]:
+    """Give each weight a place, one for all graphs and names that share it.
+
+    Returns:
+        The places by the plan's tensor, and for each graph by its initializer, and the layout.
+    """
+    layout = Layout()
+    places: dict[str, list[Placed]] = {}
+    made: dict[tuple[str, bool], Placed] = {}
+    graphs: dict[str, dict[str, Placed]] = {}
+    for name, graph in traced.items():
+        graphs[name] = {}
+        for initializer, weight in graph.weights.items():
+            source = skeleton.sources[weight.name]
+            key = source.name, weight.transposed
+            if key not in made:
+                made[key] = layout.add(source.dtype, source.shape, transposed=weight.transposed)
+                places.setdefault(source.name, []).append(made[key])
+            graphs[name][initializer] = made[key]
+    return places, graphs, layout
+
+
+def _check_disk(nbytes: int, plan: FoldPlan, staging: Staging) -> None:
+    needed = nbytes + sum(f.source.stat().st_size for f in plan.side_files if f.source is not None)
+    free = free_bytes(staging.root)
+    if needed > free:
+        raise ResourceError(
+            f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
+            hint="Free some space, or choose another -o.",
+        )

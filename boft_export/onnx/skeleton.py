@@ -1,0 +1,174 @@
+"""A model without weights: what transformers builds of a config, with parameters of a shape and dtype and no values."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from boft_export.errors import InputError
+from boft_export.models.loading import CannotTellError, model_errors, read_whole
+from boft_export.onnx.tasks import Task
+from boft_export.planning import FoldPlan
+from boft_export.planning.config_edits import apply_edits
+from boft_export.planning.model import TensorPlan
+from boft_export.planning.names import matched_names
+from boft_export.planning.renames import names_in_memory
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        model: The model; its parameters are fake tensors, what it computes of its config is there.
+        mode: What the fake tensors belong to.
+        sources: The plan's tensor that each parameter, and each buffer that is saved, is filled from; what the files
+            lack has none.
+    """
+
+    model: nn.Module
+    mode: FakeTensorMode
+    sources: dict[str, TensorPlan]
+
+    def check_found(self, used: Iterable[str]) -> None:
+        """See that all parameters that a graph uses are in the files.
+
+        Raises:
+            InputError: If one is not.
+        """
+        names = list(used)
+        missing = [n for n in names if n not in self.sources]
+        if missing:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            raise InputError(
+                f"{len(missing)} of {len(names)} parameters of {type(self.model).__name__} are not in the files: "
+                f"{shown}.",
+                hint="Name the task that the model was trained for with --task.",
+            )
+
+
+def build_skeleton(plan: FoldPlan, task: Task, dtype: torch.dtype) -> Skeleton:
+    """Build the model that a plan's output is loaded into, without reading a weight.
+
+    Raises:
+        InputError: If transformers can't build it, or a tensor's shape is not the model's.
+    """
+    with model_errors(InputError, f"{plan.base.name} is no model that {task.name} could export"):
+        config = _read_config(plan)
+        kind = _class_for(config, task)
+        with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
+            attention = task.attention.get(config.model_type)
+            chosen = {"attn_implementation": attention} if attention else {}
+            model = kind._from_config(config, dtype=dtype, **chosen).eval()  # noqa: SLF001  # it is what from_config of the Auto classes calls
+    sources = _sources(model, plan)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fill(model, sources, mode)
+    return Skeleton(model, mode, sources)
+
+
+def _read_config(plan: FoldPlan) -> Any:  # noqa: ANN401  # transformers is untyped here
+    import transformers
+
+    if plan.base.config_text is None:
+        raise CannotTellError(
+            f"{plan.base.name} has no config.json, which tells what kind of model it is.",
+            hint="Give the whole folder as MODEL.",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _class_for(config: Any, task: Task) -> Any:  # noqa: ANN401  # as above
+    """Return the config's own class where the task's Auto class would load it, and else the one that it would load."""
+    import transformers
+
+    mapping = getattr(transformers, task.auto_class)._model_mapping  # noqa: SLF001  # the Auto classes' table has no public name
+    if type(config) not in mapping:
+        raise CannotTellError(
+            f"transformers {transformers.__version__} has no {config.model_type} model for {task.name}.",
+            hint="Name another task with --task.",
+        )
+    found = mapping[type(config)]
+    kinds = list(found) if isinstance(found, tuple | list) else [found]
+    return next((k for k in kinds if k.__name__ in (config.architectures or ())), kinds[0])
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules keep no parameter's values; buffers are made as they are."""
+    register = nn.Module.register_parameter
+
+    def without_values(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = without_values  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """Return all that a checkpoint of the model holds, each name of what is shared."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _sources(model: nn.Module, plan: FoldPlan) -> dict[str, TensorPlan]:
+    """Find the plan's tensor of each of the model's.
+
+    Raises:
+        InputError: If one is of another shape.
+    """
+    tensors = {t.name: t for t in plan.tensors}
+    in_memory = names_in_memory(plan.base.config, tensors)
+    available = tensors | {new: tensors[old] for new, old in in_memory.items()}
+    saved = _saved(model)
+    found, _ = matched_names(list(saved), available)
+    # What is tied is one tensor under several names, of which the files need to have one.
+    by_identity = {id(saved[n]): found[n] for n in saved if n in found}
+    sources = {n: by_identity[id(t)] for n, t in saved.items() if id(t) in by_identity}
+    wrong = [n for n, t in sources.items() if t.shape != tuple(saved[n].shape)]
+    if wrong:
+        first = wrong[0]
+        raise InputError(
+            f"{first} is {tuple(saved[first].shape)} in {type(model).__name__}, the files have {sources[first].shape}"
+            + (f" ({len(wrong)} such)" if len(wrong) > 1 else "")
+            + "."
+        )
+    return sources
+
+
+def _fill(model: nn.Module, sources: dict[str, TensorPlan], mode: FakeTensorMode) -> None:
+    """Put fake tensors in the place of what is streamed later, and real ones where values decide the graph."""
+    made: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):  # noqa: SLF001  # assigning would register anew
+            for name, tensor in slots.items():
+                source = sources.get(f"{prefix}.{name}" if prefix else name)
+                if tensor is None or (source is None and tensor.device.type != "meta"):
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = _stand_in(tensor, source, mode)
+                slots[name] = made[id(tensor)]
+
+
+def _stand_in(tensor: Tensor, source: TensorPlan | None, mode: FakeTensorMode) -> Tensor:
+    if source is not None and not tensor.is_floating_point():
+        return read_whole(source.source)
+    with mode:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

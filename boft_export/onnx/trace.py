@@ -1,0 +1,171 @@
+"""Tracing a skeleton into a graph whose weights are known by name and shape alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter import onnx_fusions
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from boft_export.errors import InputError
+from boft_export.models.loading import model_errors
+from boft_export.onnx.skeleton import Skeleton
+from boft_export.onnx.tasks import Graph
+
+# Libraries that say on the log what concerns their makers.
+_LOUD = ("torch", "onnxscript", "onnx_ir")
+_PRODUCER = "boft-export"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph whose weights are still to come.
+
+    Attributes:
+        model: The graph; a weight is an initializer without a value.
+        weights: The name in the model of each weight, by its initializer's name, and whether it is stored transposed.
+    """
+
+    model: ir.Model
+    weights: Mapping[str, Weight]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a graph.
+
+    Attributes:
+        name: Its name in the model.
+        transposed: Stored as (columns, rows).
+    """
+
+    name: str
+    transposed: bool = False
+
+
+def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
+    """Trace one graph of a model, optimised with standard operators only.
+
+    Raises:
+        InputError: If it can't be traced, or a dynamic axis turned out to be fixed.
+    """
+    model, mode = skeleton.model, skeleton.mode
+    sample = {name: mode.from_tensor(tensor) for name, tensor in graph.sample.items()}
+    axes = {n: dict.fromkeys(graph.axes.get(n, {}), torch.export.Dim.DYNAMIC) for n in sample}
+    bound = type(model).forward
+
+    def forward(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        model.forward = bound.__get__(model)
+        try:
+            return tuple(graph.forward(model, inputs))
+        finally:
+            model.forward = forward
+
+    # In place of the model's own, so that its parameters keep their names.
+    model.forward = forward
+    try:
+        with (
+            _quiet(),
+            model_errors(InputError, f"{type(skeleton.model).__name__} can't be traced"),
+            mode,
+            torch.no_grad(),
+        ):
+            program = torch.onnx.export(
+                model,
+                kwargs={"inputs": sample},
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                dynamic_shapes={"inputs": axes},
+                input_names=list(sample),
+                output_names=list(graph.outputs),
+            )
+            traced = program.model if program is not None else ir.Model(ir.Graph((), (), nodes=()), ir_version=10)
+            for value in traced.graph.initializers.values():
+                if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+                    value.const_value = None
+            optimize_ir(traced)
+            onnx_fusions.fuse(traced)
+            optimize_ir(traced)
+    finally:
+        model.forward = bound.__get__(model)
+    _name_axes(traced, graph)
+    ClearMetadataAndDocStringPass()(traced)
+    traced.producer_name = _PRODUCER
+    return Traced(traced, _store_transposed(traced))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = {name: logging.getLogger(name).level for name in _LOUD}
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _name_axes(model: ir.Model, graph: Graph) -> None:
+    """Give dynamic axes their names in place of the tracer's symbols.
+
+    Raises:
+        InputError: If one was fixed by tracing.
+    """
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in graph.axes.get(value.name or "", {}).items():
+            size = value.shape[axis] if value.shape is not None else None
+            if not isinstance(size, ir.SymbolicDim) or size.value is None:
+                raise InputError(
+                    f"tracing fixed axis {axis} ({name}) of {value.name} at {size}: the graph would take no other.",
+                    hint="Name another task with --task, or another --exporter.",
+                )
+            names[str(size.value)] = name
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
+
+    def renamed(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(size, int) or size.value is None:
+            return size
+        return ir.SymbolicDim(symbol.sub(lambda m: names[m[0]], str(size.value)))
+
+    values = [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]
+    for value in values if names else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
+
+
+def _store_transposed(model: ir.Model) -> dict[str, Weight]:
+    """Let weights that are only used transposed be stored so; return all weights."""
+    weights = {}
+    for name, value in list(model.graph.initializers.items()):
+        if value.const_value is not None:
+            continue
+        weights[name] = Weight(name)
+        uses = [use.node for use in value.uses()]
+        if not uses or not all(_swaps_two_axes(node) for node in uses) or value.shape is None:
+            continue
+        weights[name] = Weight(name, transposed=True)
+        value.shape = ir.Shape(list(value.shape)[::-1])
+        for node in uses:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
+    return weights
+
+
+def _swaps_two_axes(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and node.domain == "" and list(node.attributes["perm"].as_ints()) == [1, 0]
