@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,9 @@ _OTHER_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 _SILENT = 60
+
+# Returns a tensor, in float32 where it holds floating-point numbers.
+ReadTensor = Callable[[TensorRef], Tensor]
 
 
 class CannotTellError(InputError):
@@ -110,26 +113,45 @@ def load_merged(folder: Path, device: torch.device) -> LoadedModel:
         return _load(config, folder, None, device)
 
 
-def load_plan(plan: FoldPlan, device: torch.device, *, tuned: bool) -> LoadedModel:
+def load_plan(
+    plan: FoldPlan,
+    device: torch.device,
+    *,
+    tuned: bool,
+    read: ReadTensor | None = None,
+    kind: type[PreTrainedModel] | None = None,
+) -> LoadedModel:
     """Load what a plan's output is before any rotation.
 
     Args:
         plan: The plan.
         device: Where to.
         tuned: With what the adapters replace and add; otherwise with the base's own wherever it fits.
+        read: What reads the tensors; ``read_whole`` where nothing is given.
+        kind: The class; None for the one that the config names.
     """
-    state = {t.name: read_whole(t.source if tuned else _before(t)) for t in plan.tensors}
-    return load_state(plan, plan.edits, state, device)
+    state = {t.name: (read or read_whole)(t.source if tuned else _before(t)) for t in plan.tensors}
+    return load_state(plan, plan.edits, state, device, kind)
 
 
-def load_base(plan: FoldPlan, device: torch.device) -> LoadedModel:
+def load_base(
+    plan: FoldPlan,
+    device: torch.device,
+    read: ReadTensor | None = None,
+    kind: type[PreTrainedModel] | None = None,
+) -> LoadedModel:
     """Load the base's own tensors in the class that was trained, tied as the base is."""
     edits = [e for e in plan.edits if e.path[-1] not in {"tie_word_embeddings", "vocab_size"}]
-    return load_state(plan, edits, {t.name: read_whole(t) for t in plan.base.tensors.values()}, device)
+    state = {t.name: (read or read_whole)(t) for t in plan.base.tensors.values()}
+    return load_state(plan, edits, state, device, kind)
 
 
 def load_state(
-    plan: FoldPlan, edits: Sequence[ConfigEdit], state: dict[str, Tensor], device: torch.device
+    plan: FoldPlan,
+    edits: Sequence[ConfigEdit],
+    state: dict[str, Tensor],
+    device: torch.device,
+    kind: type[PreTrainedModel] | None = None,
 ) -> LoadedModel:
     """Load tensors under the base's config with ``edits`` made.
 
@@ -141,7 +163,7 @@ def load_state(
     with model_errors(CannotTellError, f"{plan.base.name} can't be loaded"), tempfile.TemporaryDirectory() as folder:
         text = apply_edits(plan.base.config, edits)
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        return _load(_read_config(Path(folder)), None, state, device)
+        return _load(_read_config(Path(folder)), None, state, device, kind)
 
 
 def read_whole(ref: TensorRef) -> Tensor:
@@ -206,11 +228,12 @@ def _load(
     folder: Path | None,
     state: dict[str, Tensor] | None,
     device: torch.device,
+    kind: type[PreTrainedModel] | None = None,
 ) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         # What the files lack is drawn at random, and must be the same each time.
         torch.manual_seed(0)
-        model, info = _class_of(config).from_pretrained(
+        model, info = (kind or _class_of(config)).from_pretrained(
             folder,
             config=config,
             state_dict=state,

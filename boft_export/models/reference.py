@@ -16,6 +16,7 @@ from boft_export.adapters import View
 from boft_export.models.activation_hooks import ActivationHooks, PlainLayer, read_plain_layer, rotate_kernel
 from boft_export.models.loading import (
     CannotTellError,
+    ReadTensor,
     find_parameters,
     load_base,
     load_plan,
@@ -82,19 +83,31 @@ class _NotAppliedError(Exception):
     """PEFT left something of the adapter out."""
 
 
-def load_reference(plan: FoldPlan, device: torch.device) -> Reference:
+def load_reference(
+    plan: FoldPlan,
+    device: torch.device,
+    *,
+    read: ReadTensor | None = None,
+    kind: type[PreTrainedModel] | None = None,
+) -> Reference:
     """Load the base with its adapters applied on the fly: by PEFT where it can, and otherwise by hooks.
+
+    Args:
+        plan: The base and its adapters.
+        device: Where to.
+        read: What reads the base's tensors; ``read_whole`` where nothing is given.
+        kind: The class; None for the one that the config names.
 
     Raises:
         CannotTellError: If neither can.
     """
     if _peft_may(plan, device):
         try:
-            return _with_peft(plan, device)
+            return _with_peft(plan, device, read, kind)
         except (_NotAppliedError, CannotTellError):
             # The hooks may know better, or say what is wrong.
             pass
-    return _with_hooks(plan, device)
+    return _with_hooks(plan, device, read, kind)
 
 
 def _layers(plan: FoldPlan) -> Iterator[tuple[TensorPlan, Step]]:
@@ -118,8 +131,10 @@ def _replaced(plan: FoldPlan) -> Iterator[tuple[str, Tensor]]:
 # Hooks
 
 
-def _with_hooks(plan: FoldPlan, device: torch.device) -> Reference:
-    loaded = load_plan(plan, device, tuned=True)
+def _with_hooks(
+    plan: FoldPlan, device: torch.device, read: ReadTensor | None, kind: type[PreTrainedModel] | None
+) -> Reference:
+    loaded = load_plan(plan, device, tuned=True, read=read, kind=kind)
     model = loaded.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers: dict[str, list[PlainLayer]] = {}
@@ -134,19 +149,19 @@ def _with_hooks(plan: FoldPlan, device: torch.device) -> Reference:
             )
         layer = read_plain_layer(plan.adapters[step.adapter], step.layer, step.view, len(weight))
         layers.setdefault(found[0], []).append(layer)
-    kind, modules = "hooks", {}
+    applied, modules = "hooks", {}
     weights = [parameters[n] for n in layers]
     weights += [parameters[n] for name, value in _replaced(plan) for n in find_parameters(parameters, name, value)[:1]]
     for name, own in layers.items():
         module = modules[name.removesuffix(".weight")] = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(module, nn.Conv2d):
-            kind = "hooks and rotated kernels"
+            applied = "hooks and rotated kernels"
             module.weight.data.copy_(rotate_kernel(module.weight.data, own))
         elif isinstance(module, nn.Linear):
             ActivationHooks.install(module, own)
         else:
             raise CannotTellError(f"{name} is in a {type(module).__name__}, which the hooks don't know.")
-    return Reference(model, kind, loaded.missing, weights, modules)
+    return Reference(model, applied, loaded.missing, weights, modules)
 
 
 # PEFT
@@ -228,10 +243,12 @@ def _no_compiler(wanted: bool) -> Iterator[None]:  # noqa: FBT001  # one of two 
         layer.get_fbd_cuda = before
 
 
-def _with_peft(plan: FoldPlan, device: torch.device) -> Reference:
+def _with_peft(
+    plan: FoldPlan, device: torch.device, read: ReadTensor | None, kind: type[PreTrainedModel] | None
+) -> Reference:
     from peft import PeftModel
 
-    loaded = load_base(plan, device)
+    loaded = load_base(plan, device, read, kind)
     several = any(s.layer.num_factors > 1 for _, s in _layers(plan))
     names = ["default", *(f"adapter_{i}" for i in range(1, len(plan.adapters)))]
     with model_errors(CannotTellError, "PEFT can't apply the adapter"), _no_compiler(wanted=several):

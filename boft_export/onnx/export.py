@@ -17,6 +17,7 @@ from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.external_data import DataFile, Layout, Placed
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
+from boft_export.onnx.session import check_runs
 from boft_export.onnx.skeleton import Skeleton, build_skeleton
 from boft_export.onnx.tasks import find_task
 from boft_export.onnx.trace import Traced, trace
@@ -162,7 +163,9 @@ def prepare_export(
     if options.task is not None:
         find_task({}, options.task)
     if adapters:
-        return prepare(model, adapters, output, request, options, device_type)
+        ready = prepare(model, adapters, output, request, options, device_type)
+        check_runs(_kind(ready.plan))
+        return ready
     if model is None:
         raise UsageError("there is neither a model nor an adapter that names one.")
     check_options(output, options)
@@ -171,6 +174,7 @@ def prepare_export(
     plan = make_plan(base, (), dtype=dtype)
     keep_off_inputs(Path(output), plan, model, ())
     raise_for_errors(plan.notices, "the model can't be exported")
+    check_runs(_kind(plan))
     return fit_memory(plan, request.course(plan), output, options, device_type)
 
 
@@ -218,21 +222,24 @@ def _carry_out(
             save_graph(graph.model, weights[name], folder / file_name, graph_metadata(plan, inputs, task.name))
             graphs[str(plan.base.folder / file_name)] = graph.model.graph.num_nodes()
         del skeleton, traced
-        agreements = verify(plan, task, folder)
+        # On the CPU, unless a GPU was asked for or nothing else could run it.
+        place = "cuda" if options.device.startswith("cuda") or _graph_dtype(plan) is torch.bfloat16 else "cpu"
+        verified = verify(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
+        plan = replace(plan, notices=(*plan.notices, *verified.notices))
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
         files = {
             str(plan.base.folder / f.name): RecordedFile(f.stat().st_size, file_digest(f))
             for f in sorted(folder.glob("*.onnx*"))
         }
         made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
-        made["verified"] = [a.document() for a in agreements]
+        made["verified"] = [a.document() for a in verified.agreements]
         write_side_files(plan, staging, made, card, asked)
         staging.publish()
     except BaseException:
         # Nothing of it could be taken up again.
         staging.discard()
         raise
-    return ExportResult(ready.output, plan, task.name, graphs, agreements, made)
+    return ExportResult(ready.output, plan, task.name, graphs, verified.agreements, made)
 
 
 def _config(plan: FoldPlan) -> dict[str, Any]:
@@ -248,6 +255,10 @@ def _graph_dtype(plan: FoldPlan) -> torch.dtype:
         if tensor.dtype in TORCH_DTYPES:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.source.num_elements
     return TORCH_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
+
+
+def _kind(plan: FoldPlan) -> str:
+    return str(_graph_dtype(plan)).removeprefix("torch.")
 
 
 def _used(traced: Mapping[str, Traced], skeleton: Skeleton) -> dict[str, TensorPlan]:

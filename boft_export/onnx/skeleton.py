@@ -76,6 +76,15 @@ def build_skeleton(plan: FoldPlan, task: Task, dtype: torch.dtype) -> Skeleton:
     return Skeleton(model, mode, sources)
 
 
+def model_class(plan: FoldPlan, task: Task) -> Any:  # noqa: ANN401  # transformers is untyped here
+    """Return the class that a plan's output is exported as.
+
+    Raises:
+        CannotTellError: If transformers has none.
+    """
+    return _class_for(_read_config(plan), task)
+
+
 def _read_config(plan: FoldPlan) -> Any:  # noqa: ANN401  # transformers is untyped here
     import transformers
 
