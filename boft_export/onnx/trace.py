@@ -6,8 +6,10 @@ import contextlib
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -21,6 +23,7 @@ from boft_export.errors import InputError
 from boft_export.models.loading import model_errors
 from boft_export.onnx.skeleton import Skeleton
 from boft_export.onnx.tasks import Graph
+from boft_export.version import __version__
 
 # Libraries that say on the log what concerns their makers.
 _LOUD = ("torch", "onnxscript", "onnx_ir")
@@ -61,7 +64,7 @@ def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
     """
     model, mode = skeleton.model, skeleton.mode
     sample = {name: mode.from_tensor(tensor) for name, tensor in graph.sample.items()}
-    axes = {n: dict.fromkeys(graph.axes.get(n, {}), torch.export.Dim.DYNAMIC) for n in sample}
+    axes = _dynamic_axes(graph)
     bound = type(model).forward
 
     def forward(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -74,36 +77,45 @@ def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
     # In place of the model's own, so that its parameters keep their names.
     model.forward = forward
     try:
-        with (
-            _quiet(),
-            model_errors(InputError, f"{type(skeleton.model).__name__} can't be traced"),
-            mode,
-            torch.no_grad(),
-        ):
-            program = torch.onnx.export(
-                model,
-                kwargs={"inputs": sample},
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                dynamic_shapes={"inputs": axes},
-                input_names=list(sample),
-                output_names=list(graph.outputs),
-            )
+        with _quiet(), model_errors(InputError, f"{type(skeleton.model).__name__} can't be traced"):
+            with mode, torch.no_grad():
+                program = torch.onnx.export(
+                    model,
+                    kwargs={"inputs": sample},
+                    dynamo=True,
+                    optimize=False,
+                    verbose=False,
+                    opset_version=opset,
+                    dynamic_shapes={"inputs": axes},
+                    input_names=list(sample),
+                    output_names=list(graph.outputs),
+                )
+            # Outside of the mode, in which constants would be read as whatever lies in memory.
             traced = program.model if program is not None else ir.Model(ir.Graph((), (), nodes=()), ir_version=10)
             for value in traced.graph.initializers.values():
                 if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
                     value.const_value = None
             optimize_ir(traced)
-            onnx_fusions.fuse(traced)
-            optimize_ir(traced)
+            if any(onnx_fusions.fuse(traced).values()):
+                optimize_ir(traced, num_iterations=1)
     finally:
         model.forward = bound.__get__(model)
     _name_axes(traced, graph)
     ClearMetadataAndDocStringPass()(traced)
-    traced.producer_name = _PRODUCER
+    traced.producer_name, traced.producer_version = _PRODUCER, __version__
     return Traced(traced, _store_transposed(traced))
+
+
+def _dynamic_axes(graph: Graph) -> dict[str, dict[int, Any]]:
+    """Return the axes as the tracer takes them.
+
+    Axes of one name are one symbol, which makes for fewer comparisons of sizes in the graph; an axis that no other
+    shares may well be the sum of others, which a symbol of its own could not be.
+    """
+    counts = Counter(name for own in graph.axes.values() for name in own.values())
+    shared = {name: torch.export.Dim(name) for name, count in counts.items() if count > 1}
+    free = torch.export.Dim.DYNAMIC
+    return {n: {i: shared.get(name, free) for i, name in graph.axes.get(n, {}).items()} for n in graph.sample}
 
 
 @contextlib.contextmanager
