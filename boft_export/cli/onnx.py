@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
+from boft_export.cli.result import show_changes
 from boft_export.cli.run import reported
 from boft_export.linalg.path import InterpolationPath
 
@@ -57,7 +60,16 @@ def command(
             rich_help_panel=_PATH,
         ),
     ] = InterpolationPath.GEODESIC,
+    alpha_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: glob patterns of tensor names, each with its own alpha. The last match wins.",
+            metavar="FILE",
+            rich_help_panel=_PATH,
+        ),
+    ] = None,
     overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
     device: opt.Device = "auto",
     compute_dtype: opt.Compute = opt.ComputeDtype.FLOAT64,
     max_memory: opt.MaxMemory = None,
@@ -75,14 +87,14 @@ def command(
     """Export a model, with adapters folded in, as an ONNX graph that ONNX Runtime was seen to run right."""
     out = Output(as_json, quiet, verbose, no_progress)
     with reported(out):
-        from boft_export.onnx.export import export_onnx
-        from boft_export.planning.alphas import parse_alpha
+        from boft_export.planning.alphas import parse_alpha, read_alpha_map
 
         asked: dict[str, Any] = {
             "task": task,
             "opset": opset,
             "alpha": parse_alpha(alpha) if alpha is not None else None,
             "path": path,
+            "alpha_map": read_alpha_map(alpha_map) if alpha_map is not None else None,
             "dtype": dtype.kept,
             "compute_dtype": compute_dtype.value,
             "device": device,
@@ -91,13 +103,60 @@ def command(
             "overwrite": overwrite,
             "sources": opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
         }
+        if dry_run:
+            _write_nothing(out, model, adapters or (), output, asked)
+            return
+        from boft_export.onnx.export import export_onnx
+        from boft_export.report.export_report import export_document
+
         started = time.monotonic()
-        with out.progress("exporting") as progress:
+        with out.progress("writing weights") as progress:
             result = export_onnx(model, adapters or (), output, **asked, progress=progress)
         out.notices(result.plan.notices)
-        for a in result.agreements:
-            out.line(
-                f"{a.output}: {a.relative_difference:.1e} of the largest, cosine {a.smallest_cosine:.6f}, "
-                f"top-1 {a.top1_agreement:.0%}, {', '.join(a.providers)}"
-            )
-        out.line(f"{result.graphs} in {time.monotonic() - started:.1f} s")
+        document = export_document(result, time.monotonic() - started)
+        out.document(document)
+        _show(out, document)
+
+
+def _write_nothing(out: Output, model: str, adapters: Sequence[str], output: Path, asked: Mapping[str, Any]) -> None:
+    """Plan and check an export, and print what it would do."""
+    from boft_export.checkpoint import free_bytes
+    from boft_export.onnx.export import plan_export
+    from boft_export.planning.sizes import format_size
+    from boft_export.report.export_report import export_plan_document
+
+    ready, task = plan_export(model, adapters, output, **asked)
+    out.notices(ready.plan.notices)
+    document = export_plan_document(ready.plan, task.name, str(output), ready.memory.peak, free_bytes(output))
+    out.document(document)
+    show_changes(out, document)
+    layers = f"{document['layers']['applied']} of {document['layers']['expected']} adapter layers"
+    out.line(
+        f"would export for {task.name} with {layers}: read {format_size(document['bytes_to_read'])}, write at most "
+        f"{format_size(document['bytes_to_write'])} ({format_size(document['disk_free'])} free)",
+        "bold",
+    )
+
+
+def _show(out: Output, document: Mapping[str, Any]) -> None:
+    """Print a finished export: what of its outputs was compared, and a line that sums it up."""
+    from boft_export.planning.sizes import format_size
+    from boft_export.report.export_report import AGREEMENT_COLUMNS
+
+    verified = document["verified"]
+    heads = [(head, "right") for head, _, _ in AGREEMENT_COLUMNS]
+    rows = [[a["output"], str(a["cases"]), *(f"{a[k]:{form}}" for _, k, form in AGREEMENT_COLUMNS)] for a in verified]
+    out.table("", [("output", "left"), ("cases", "right"), *heads], rows)
+    show_changes(out, document)
+    for name, graph in document["graphs"].items():
+        out.line(f"{name}: {graph['nodes']} nodes")
+    ran = ", ".join(dict.fromkeys(p for a in verified for p in a["providers"]))
+    beside = ", ".join(dict.fromkeys(a["reference"] for a in verified))
+    if verified:
+        out.line(f"ran on {ran}, beside PyTorch: {beside}")
+    layers = f"{document['layers']['applied']} of {document['layers']['expected']} adapter layers"
+    out.line(
+        f"exported for {document['task']} with {layers} into {document['output']}: "
+        f"{format_size(document['bytes_written'])} in {document['seconds']:.1f} s",
+        "bold green",
+    )

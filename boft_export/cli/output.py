@@ -132,7 +132,10 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, label: str, unit: str = "bytes") -> Iterator[Callable[[int, int, str], None] | None]:
-        """Show a bar with bytes or ``unit`` done, on a terminal only; yield the callback that moves it."""
+        """Show a bar with bytes or ``unit`` done, on a terminal only; yield the callback that moves it.
+
+        While nothing can be counted, the bar only moves to and fro, under the name of what is done.
+        """
         if self.no_progress or self.quiet or not sys.stderr.isatty():
             yield None
             return
@@ -155,7 +158,9 @@ class Output:
         )
         with Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task(label, total=None)
-            yield lambda done, total, _name: bar.update(task, completed=done, total=total)
+            yield lambda done, total, name: bar.update(
+                task, completed=done, total=total or None, description=label if total else name or label
+            )
 
     def _failure(self, document: Mapping[str, Any]) -> None:
         """Print a failure's document; that stdout is full must not hide what happened."""

@@ -37,7 +37,7 @@ def write_nothing(
     document = plan_document(ready.plan, ready.course, str(output), ready.memory.peak, free_bytes(output))
     out.document(document)
     _show_tensors(out, document["tensors"])
-    _show_changes(out, document)
+    show_changes(out, document)
     # What was decided is what a plan is read for; a decision made for every layer alike is one line.
     decided = [n for n in document["notices"] if n["level"] == "info" and n["code"] != "rename"]
     for text in dict.fromkeys(group_name(f"{n['subject']}: {n['message']}") for n in decided):
@@ -59,7 +59,7 @@ def show_result(out: Output, document: Mapping[str, Any]) -> None:
     """Print a finished merge: a row for each kind of tensor, and a line that sums it up."""
     out.document(document)
     _show_tensors(out, document["tensors"])
-    _show_changes(out, document)
+    show_changes(out, document)
     out.line(f"tensors: {_counts(document)}")
     _show_end(out, document, f"merged {_layers(document)} into {document['output']}")
 
@@ -84,7 +84,7 @@ def show_interpolation(out: Output, document: Mapping[str, Any]) -> None:
             rows.append([output["label"], output["folder"], *(f"{m:.1e}" for m in measured), *judged])
         heads = [*_MEASURED.values(), *figures]
         out.table("", [("alpha", "right"), ("folder", "left"), *((h, "right") for h in heads)], rows)
-    _show_changes(out, document)
+    show_changes(out, document)
     out.line(f"tensors: {_counts(document)}")
     alphas = ", ".join(o["label"] for o in outputs)
     end = f"applied {_layers(document)} at alpha {alphas} ({document['path']}) into {document['output']}"
@@ -108,7 +108,8 @@ def _show_tensors(out: Output, tensors: Mapping[str, Any]) -> None:
     out.table("", columns, cells)
 
 
-def _show_changes(out: Output, document: Mapping[str, Any]) -> None:
+def show_changes(out: Output, document: Mapping[str, Any]) -> None:
+    """Print under which names the adapter's layers were found, and what changes in the config."""
     for renames in document["renames"]:
         for rename in renames:
             out.line(f"names: {rename}")

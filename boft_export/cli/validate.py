@@ -25,6 +25,7 @@ EPILOG = opt.examples(
     "boft-export validate ./my-adapter --base ./base",
     "boft-export validate ./my-adapter --base ./base --merged ./merged --junit-xml report.xml --report report.html",
     "boft-export validate --base ./base --merged ./somebody-elses-merge",
+    "boft-export validate ./my-adapter --base ./base --onnx ./onnx",
 )
 _ASKED = "What is asked"
 _REPORTS = "Reports"
@@ -56,6 +57,10 @@ def command(
     merged: Annotated[
         str | None,
         typer.Option(help="A merged checkpoint: every tensor is merged again and compared.", metavar="MERGED"),
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="A folder with ONNX graphs: they are run beside base and adapter.", metavar="DIR"),
     ] = None,
     policy: Annotated[
         Path | None,
@@ -126,10 +131,10 @@ def command(
         from boft_export.report.validation_report import validation_document
 
         refs = list(adapters or ())
-        given = (*refs, base, merged, policy, text_file, *(image or ()))
+        given = (*refs, base, merged, onnx, policy, text_file, *(image or ()))
         files = ValidationFiles.of(junit_xml, report, [r for r in given if r is not None])
         sources = opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view)
-        if refs and (base == "-" or (base is None and merged is not None)):
+        if refs and (base == "-" or (base is None and (merged or onnx) is not None)):
             # The base that will be read is one that the adapter names; what is wrong with the adapter is told below.
             named = None
             with contextlib.suppress(BoftExportError):
@@ -152,6 +157,7 @@ def command(
                     refs,
                     base=base,
                     merged=merged,
+                    onnx=onnx,
                     functional=inputs,
                     policy=asked,
                     device=device,

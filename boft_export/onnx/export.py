@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from boft_export.checkpoint import DTYPE_OF_NAME, Staging, free_bytes
+from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging, free_bytes
 from boft_export.errors import DamagedFileError, Level, Notice, ResourceError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.external_data import DataFile, Layout, Placed
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
+from boft_export.onnx.patch import BaseGraphs, Rewriting, absent_notices, find_places, open_graphs, patched_plan
 from boft_export.onnx.session import check_runs
 from boft_export.onnx.skeleton import Skeleton, build_skeleton
-from boft_export.onnx.tasks import find_task
+from boft_export.onnx.tasks import Task, find_task
 from boft_export.onnx.trace import Traced, trace
 from boft_export.onnx.verify import Agreement, verify
 from boft_export.onnx.weights import used_plan, write_weights
-from boft_export.pipeline.engine import Engine
+from boft_export.pipeline.engine import Engine, OutputResult
 from boft_export.pipeline.hashing import file_digest
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import manifest
@@ -37,7 +38,7 @@ from boft_export.planning import Action, FoldPlan, TensorPlan, make_plan
 from boft_export.planning.alphas import Alpha, AlphaMap
 from boft_export.planning.config_edits import apply_edits
 from boft_export.planning.inputs import Ref, Sources
-from boft_export.planning.strength import Interpolation, interpolation
+from boft_export.planning.strength import Course, Interpolation, interpolation
 
 DEFAULT_OPSET = 23
 MIN_OPSET, MAX_OPSET = 18, 24
@@ -50,10 +51,12 @@ class ExportOptions(RunOptions):
     Attributes:
         task: What the model is exported for; None for what its config says.
         opset: The version of ONNX's operators.
+        base_onnx: A graph of the base, or a folder of them, to fold into; None to trace one.
     """
 
     task: str | None = None
     opset: int = DEFAULT_OPSET
+    base_onnx: Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def export_onnx(
     *,
     task: str | None = None,
     opset: int = DEFAULT_OPSET,
+    base_onnx: Ref | None = None,
     alpha: Alpha | None = None,
     path: InterpolationPath | str = "geodesic",
     alpha_map: AlphaMap | None = None,
@@ -107,6 +111,8 @@ def export_onnx(
         output: The folder to write; it appears only when it is complete.
         task: What the model is exported for; None for what its config says.
         opset: The version of ONNX's operators.
+        base_onnx: An ONNX file of the base, or a folder of them, to fold into with no tracing: all but the weights that
+            the adapters change stays as it is there, dtype and opset included.
         alpha: How far to go from base (0) to tuned (1), one number for all adapters or one for each.
         path: The path to go on, as ``interpolate`` has it.
         alpha_map: Glob patterns over tensor names, each with its own alpha.
@@ -137,12 +143,47 @@ def export_onnx(
         progress=progress,
         task=task,
         opset=opset,
+        base_onnx=base_onnx,
     )
-    request = interpolation(1.0 if alpha is None and alpha_map is None else alpha, None, path, alpha_map)
+    request = _request(alpha, path, alpha_map)
     devices = devices_for(options)
+    graphs = None
+    if base_onnx is not None:
+        graphs = open_graphs(base_onnx)
+        options = _as_in(graphs, options, output)
     ready = prepare_export(model, adapters, output, request, options, devices[0].type)
     with quiet_transformers():
-        return _carry_out(ready, request, options, devices)
+        return _carry_out(ready, request, options, devices, graphs)
+
+
+def plan_export(
+    model: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    *,
+    alpha: Alpha | None = None,
+    path: InterpolationPath | str = "geodesic",
+    alpha_map: AlphaMap | None = None,
+    **options: Any,  # noqa: ANN401  # those of ExportOptions
+) -> tuple[Prepared, Task]:
+    """Check all that can be known without reading a weight or tracing: what a dry run does.
+
+    Arguments are those of ``export_onnx``.
+
+    Raises:
+        BoftExportError: As ``export_onnx`` does.
+    """
+    asked = ExportOptions(**options)
+    device = devices_for(asked)[0].type
+    ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
+    with quiet_transformers():
+        task = find_task(_config(ready.plan), asked.task)
+        build_skeleton(ready.plan, task, _graph_dtype(ready.plan))
+    return ready, task
+
+
+def _request(alpha: Alpha | None, path: InterpolationPath | str, alpha_map: AlphaMap | None) -> Interpolation:
+    return interpolation(1.0 if alpha is None and alpha_map is None else alpha, None, path, alpha_map)
 
 
 def prepare_export(
@@ -158,10 +199,12 @@ def prepare_export(
     Raises:
         BoftExportError: As ``prepare`` does.
     """
-    if not MIN_OPSET <= options.opset <= MAX_OPSET:
+    if options.base_onnx is None and not MIN_OPSET <= options.opset <= MAX_OPSET:
         raise UsageError(f"opset {options.opset} can't be exported.", hint=f"Give --opset {MIN_OPSET} to {MAX_OPSET}.")
     if options.task is not None:
         find_task({}, options.task)
+    if options.base_onnx is not None and not adapters:
+        raise UsageError("there is no adapter to fold into the graph.", hint="Name one or more after MODEL.")
     if adapters:
         ready = prepare(model, adapters, output, request, options, device_type)
         check_runs(_kind(ready.plan))
@@ -178,8 +221,32 @@ def prepare_export(
     return fit_memory(plan, request.course(plan), output, options, device_type)
 
 
+def _as_in(graphs: BaseGraphs, options: ExportOptions, output: Ref) -> ExportOptions:
+    """Return options as graphs that exist decide them.
+
+    Raises:
+        UsageError: If the output would be written over the graphs.
+    """
+    target, folder = Path(output).resolve(), graphs.folder.resolve()
+    beside = Path(options.base_onnx or "").is_file()
+    if folder.is_relative_to(target) or (target.is_relative_to(folder) and not beside):
+        raise UsageError(
+            f"{output} would write into the graph's folder {folder}.", hint="Choose a folder apart from it."
+        )
+    return replace(
+        options,
+        dtype=FLOAT_DTYPES[graphs.dtype],
+        opset=graphs.opset,
+        task=options.task or graphs.task,
+    )
+
+
 def _carry_out(
-    ready: Prepared, request: Interpolation, options: ExportOptions, devices: tuple[torch.device, ...]
+    ready: Prepared,
+    request: Interpolation,
+    options: ExportOptions,
+    devices: tuple[torch.device, ...],
+    base: BaseGraphs | None,
 ) -> ExportResult:
     values = [inspect_values(a) for a in ready.plan.adapters]
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
@@ -193,53 +260,134 @@ def _carry_out(
         "task": task.name,
         "opset": options.opset,
         "torch": torch.__version__,
+        **({"base_onnx": base.digests()} if base is not None else {}),
     }
     fingerprint = plan.fingerprint(settings)
     card = card_metadata(plan)
     staging = Staging(ready.output, fingerprint, overwrite=options.overwrite)
     try:
-        skeleton = build_skeleton(plan, task, _graph_dtype(plan))
-        traced = {g.name: trace(skeleton, g, options.opset) for g in task.graphs(skeleton.model)}
-        used = _used(traced, skeleton)
-        plan = replace(plan, notices=(*_left_out(plan, used), *plan.notices))
-        folded = used_plan(plan, used)
-        places, weights, layout = _lay_out(traced, skeleton)
-        _check_disk(layout.nbytes, plan, staging)
         folder = staging.files / plan.base.folder
         folder.mkdir(parents=True, exist_ok=True)
         engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
-        with DataFile(folder / DATA_NAME, layout.nbytes) as file:
-            written, inputs = write_weights(file, places, folded, ready.course, engine, options.progress)
+        job = _Job(ready.course, engine, folder, staging, options)
+        drawn = _trace(plan, task, job) if base is None else _patch(plan, task, base, job)
+        plan, written, inputs = drawn.plan, drawn.written, drawn.inputs
         if plan.fingerprint(settings) != fingerprint:
             raise DamagedFileError(
                 "an input file changed while it was read.", hint="Run again once nothing writes to it."
             )
         lost = check_effect(None, written, untrained)
         plan = replace(plan, notices=(*plan.notices, *lost))
-        graphs = {}
-        for name, graph in traced.items():
-            file_name = f"{name}.onnx"
-            save_graph(graph.model, weights[name], folder / file_name, graph_metadata(plan, inputs, task.name))
-            graphs[str(plan.base.folder / file_name)] = graph.model.graph.num_nodes()
-        del skeleton, traced
         # On the CPU, unless a GPU was asked for or nothing else could run it.
         place = "cuda" if options.device.startswith("cuda") or _graph_dtype(plan) is torch.bfloat16 else "cpu"
-        verified = verify(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
-        plan = replace(plan, notices=(*plan.notices, *verified.notices))
+        agreements: tuple[Agreement, ...] = ()
+        if drawn.unverified is None:
+            verified = verify(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
+            agreements = verified.agreements
+            plan = replace(plan, notices=(*plan.notices, *verified.notices))
+        else:
+            plan = replace(plan, notices=(*plan.notices, drawn.unverified))
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
         files = {
-            str(plan.base.folder / f.name): RecordedFile(f.stat().st_size, file_digest(f))
-            for f in sorted(folder.glob("*.onnx*"))
+            str(f.relative_to(staging.files)): RecordedFile(f.stat().st_size, file_digest(f))
+            for f in sorted(folder.rglob("*"))
+            if f.is_file()
         }
         made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
-        made["verified"] = [a.document() for a in verified.agreements]
+        made["verified"] = [a.document() for a in agreements]
         write_side_files(plan, staging, made, card, asked)
         staging.publish()
     except BaseException:
         # Nothing of it could be taken up again.
         staging.discard()
         raise
-    return ExportResult(ready.output, plan, task.name, graphs, verified.agreements, made)
+    return ExportResult(ready.output, plan, task.name, drawn.graphs, agreements, made)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What making graphs takes."""
+
+    course: Course
+    engine: Engine
+    folder: Path
+    staging: Staging
+    options: ExportOptions
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Graphs with their weights, on disk.
+
+    Attributes:
+        plan: What was planned, with what was noticed on the way.
+        written: What was done to each weight.
+        inputs: SHA-256 of the input files.
+        graphs: Each graph's file below the output, with its number of nodes.
+        unverified: Why the graphs can't be compared with the model; None if they can.
+    """
+
+    plan: FoldPlan
+    written: OutputResult
+    inputs: dict[str, str]
+    graphs: dict[str, int]
+    unverified: Notice | None = None
+
+
+def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
+    """Trace a model's graphs, and fold its weights into the data file beside them."""
+    skeleton = build_skeleton(plan, task, _graph_dtype(plan))
+    traced = {g.name: trace(skeleton, g, job.options.opset) for g in task.graphs(skeleton.model)}
+    used = _used(traced, skeleton)
+    plan = replace(plan, notices=(*_left_out(plan, used), *plan.notices))
+    places, weights, layout = _lay_out(traced, skeleton)
+    _check_disk(layout.nbytes, plan, job.staging)
+    with DataFile(job.folder / DATA_NAME, layout.nbytes) as file:
+        written, inputs = write_weights(
+            file, places, used_plan(plan, used), job.course, job.engine, job.options.progress
+        )
+    graphs = {}
+    for name, graph in traced.items():
+        file_name = f"{name}.onnx"
+        save_graph(graph.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
+        graphs[str(plan.base.folder / file_name)] = graph.model.graph.num_nodes()
+    return _Drawn(plan, written, inputs, graphs)
+
+
+def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: _Job) -> _Drawn:
+    """Fold adapters into graphs of the base."""
+    matches = find_places(base, plan)
+    plan = replace(plan, notices=(*absent_notices(matches), *plan.notices))
+    rewriting = Rewriting(base, matches, plan, task)
+    _check_disk(rewriting.nbytes, plan, job.staging)
+    folded = patched_plan(plan, matches)
+    written, inputs = rewriting.write(job.folder, folded, job.course, job.engine, job.options.progress)
+    graphs = {str(plan.base.folder / name): file.nodes for name, file in base.files.items()}
+    return _Drawn(plan, written, inputs, graphs, _unverified(plan, task, base))
+
+
+def _unverified(plan: FoldPlan, task: Task, base: BaseGraphs) -> Notice | None:
+    """Return why graphs of others can't be run as the task's are; None if they can."""
+    if base.are_ours:
+        return None
+    reason = None
+    for graph in task.graphs(build_skeleton(plan, task, _graph_dtype(plan)).model):
+        found = base.files.get(f"{graph.name}.onnx")
+        if found is None:
+            reason = f"there is no {graph.name}.onnx"
+        elif further := [n for n in found.inputs if n not in graph.sample]:
+            reason = f"{graph.name}.onnx wants {', '.join(further[:3])}"
+        elif lacking := [n for n in graph.outputs if n not in found.outputs]:
+            reason = f"{graph.name}.onnx does not give {', '.join(lacking[:3])}"
+    if reason is None:
+        return None
+    message = f"the graph was not compared with the model: for {task.name}, {reason}"
+    return Notice(Level.WARNING, "not-verified", "", message, "Name another task with --task, or test it yourself.")
+
+
+def _phases(progress: Progress | None) -> Callable[[str], None]:
+    """Return what tells of work that can't be counted."""
+    return (lambda name: progress(0, 0, name)) if progress is not None else lambda _: None
 
 
 def _config(plan: FoldPlan) -> dict[str, Any]:

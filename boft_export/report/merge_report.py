@@ -30,7 +30,7 @@ def plan_document(plan: FoldPlan, course: Course, output: str, memory: int, free
     return {
         "schema_version": SCHEMA_VERSION,
         "dry_run": True,
-        **_head(plan),
+        **plan_head(plan),
         "path": None if merged else course.path.value,
         "outputs": outputs,
         "bytes_to_read": plan.bytes_to_read,
@@ -50,7 +50,7 @@ def result_document(
         "schema_version": SCHEMA_VERSION,
         "dry_run": False,
         "output": output,
-        **_head(plan),
+        **plan_head(plan),
         "bytes_written": plan.bytes_to_write,
         "seconds": seconds,
         "resumed_files": list(resumed),
@@ -70,7 +70,7 @@ def interpolation_document(
         "schema_version": SCHEMA_VERSION,
         "dry_run": False,
         "output": str(result.output),
-        **_head(plan),
+        **plan_head(plan),
         "path": result.course.path.value,
         "bytes_written": plan.bytes_to_write * len(result.outputs),
         "seconds": seconds,
@@ -153,7 +153,8 @@ def folded_rows(tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     ]
 
 
-def _head(plan: FoldPlan) -> dict[str, Any]:
+def plan_head(plan: FoldPlan) -> dict[str, Any]:
+    """Return what every document says of a plan."""
     expected = sum(len(a.adapter.layers) for a in plan.adapters)
     return {
         "base": plan.base.name,
