@@ -29,12 +29,16 @@ class Placed:
         nbytes: Its size.
         shape: The shape it has before any transposition.
         transposed: It is a matrix and stored by columns.
+        stride: Elements from one of its columns to the next, where others lie between them; 0 where none do.
+        file: Which file, where there are several.
     """
 
     offset: int
     nbytes: int
     shape: tuple[int, ...]
     transposed: bool
+    stride: int = 0
+    file: str = ""
 
 
 class Layout:
@@ -77,12 +81,12 @@ class DataFile:
     def write(self, places: Iterable[Placed], start: int, data: memoryview) -> None:
         """Write a run of a tensor's bytes, from its byte ``start`` on in row-major order, to each of its places."""
         for place in places:
-            target = np.frombuffer(self._map, np.uint8, place.nbytes, place.offset) if self._map is not None else None
-            if target is None:
+            if self._map is None:
                 continue
             if place.transposed:
-                _write_columns(target, place, start, data)
+                _write_columns(self._map, place, start, data)
             else:
+                target = np.frombuffer(self._map, np.uint8, place.nbytes, place.offset)
                 target[start : start + len(data)] = np.frombuffer(data, np.uint8)
 
     def __enter__(self) -> Self:
@@ -100,13 +104,12 @@ class DataFile:
             self._map.close()
 
 
-def _write_columns(
-    target: np.ndarray[tuple[int], np.dtype[np.uint8]], place: Placed, start: int, data: memoryview
-) -> None:
+def _write_columns(target: mmap.mmap, place: Placed, start: int, data: memoryview) -> None:
     """Write a run of a matrix's elements, which may begin and end within a row, into its transpose."""
     rows, columns = place.shape
     width = place.nbytes // (rows * columns)
-    matrix = target.view(_UINT[width]).reshape(columns, rows)
+    pitch = (place.stride or rows) * width
+    matrix = np.ndarray((columns, rows), _UINT[width], target, place.offset, (pitch, width))
     run = np.frombuffer(data, _UINT[width])
     row, column = divmod(start // width, columns)
     if column:

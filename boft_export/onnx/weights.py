@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from boft_export.checkpoint import Shard
-from boft_export.onnx.external_data import DataFile, Placed
+from boft_export.onnx.external_data import Placed
 from boft_export.pipeline.engine import Engine, OutputResult, TensorResult, check_finite, replay_plan
 from boft_export.pipeline.fold import Measure
 from boft_export.pipeline.options import Progress
 from boft_export.planning import FoldPlan, TensorPlan
 from boft_export.planning.strength import Course
+
+
+class Target(Protocol):
+    """What takes weights piece by piece."""
+
+    def write(self, places: Iterable[Placed], start: int, data: memoryview) -> None:
+        """Write a run of a tensor's bytes, from its byte ``start`` on in row-major order, to each of its places."""
 
 
 def used_plan(plan: FoldPlan, used: Mapping[str, object]) -> FoldPlan:
@@ -21,7 +29,7 @@ def used_plan(plan: FoldPlan, used: Mapping[str, object]) -> FoldPlan:
 
 
 def write_weights(
-    file: DataFile,
+    file: Target,
     places: Mapping[str, Sequence[Placed]],
     plan: FoldPlan,
     course: Course,
