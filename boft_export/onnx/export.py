@@ -14,6 +14,7 @@ from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging, free_by
 from boft_export.errors import DamagedFileError, Level, Notice, ResourceError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
+from boft_export.onnx.card import export_card
 from boft_export.onnx.external_data import DataFile, Layout, Placed
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
@@ -263,7 +264,7 @@ def _carry_out(
         **({"base_onnx": base.digests()} if base is not None else {}),
     }
     fingerprint = plan.fingerprint(settings)
-    card = card_metadata(plan)
+    metadata = card_metadata(plan, "onnx")
     staging = Staging(ready.output, fingerprint, overwrite=options.overwrite)
     try:
         folder = staging.files / plan.base.folder
@@ -282,6 +283,7 @@ def _carry_out(
         place = "cuda" if options.device.startswith("cuda") or _graph_dtype(plan) is torch.bfloat16 else "cpu"
         agreements: tuple[Agreement, ...] = ()
         if drawn.unverified is None:
+            _phases(options.progress)("verifying")
             verified = verify(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
             agreements = verified.agreements
             plan = replace(plan, notices=(*plan.notices, *verified.notices))
@@ -295,7 +297,8 @@ def _carry_out(
         }
         made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
         made["verified"] = [a.document() for a in agreements]
-        write_side_files(plan, staging, made, card, asked)
+        card = export_card(plan, metadata, asked, task.name, drawn.graphs, agreements)
+        write_side_files(plan, staging, made, card)
         staging.publish()
     except BaseException:
         # Nothing of it could be taken up again.
@@ -336,8 +339,13 @@ class _Drawn:
 
 def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
     """Trace a model's graphs, and fold its weights into the data file beside them."""
+    phase = _phases(job.options.progress)
+    phase("building the model")
     skeleton = build_skeleton(plan, task, _graph_dtype(plan))
-    traced = {g.name: trace(skeleton, g, job.options.opset) for g in task.graphs(skeleton.model)}
+    traced = {}
+    for graph in task.graphs(skeleton.model):
+        phase(f"tracing {graph.name}")
+        traced[graph.name] = trace(skeleton, graph, job.options.opset)
     used = _used(traced, skeleton)
     plan = replace(plan, notices=(*_left_out(plan, used), *plan.notices))
     places, weights, layout = _lay_out(traced, skeleton)
@@ -347,10 +355,10 @@ def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
             file, places, used_plan(plan, used), job.course, job.engine, job.options.progress
         )
     graphs = {}
-    for name, graph in traced.items():
+    for name, found in traced.items():
         file_name = f"{name}.onnx"
-        save_graph(graph.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
-        graphs[str(plan.base.folder / file_name)] = graph.model.graph.num_nodes()
+        save_graph(found.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
+        graphs[str(plan.base.folder / file_name)] = found.model.graph.num_nodes()
     return _Drawn(plan, written, inputs, graphs)
 
 

@@ -9,14 +9,11 @@ from typing import Any
 from boft_export.checkpoint import Staging
 from boft_export.checkpoint.staging import file_system_errors
 from boft_export.pipeline.manifest import dump
-from boft_export.pipeline.model_card import model_card
 from boft_export.pipeline.recorded import MANIFEST_NAME
 from boft_export.planning import FoldPlan
 
 
-def write_side_files(
-    plan: FoldPlan, staging: Staging, manifest: Mapping[str, Any], metadata: str, asked: Mapping[str, Any]
-) -> None:
+def write_side_files(plan: FoldPlan, staging: Staging, manifest: Mapping[str, Any], card: str) -> None:
     """Write all that a loader wants to find beside the graphs."""
     for side in plan.side_files:
         if side.name.name.endswith(".safetensors.index.json"):
@@ -27,7 +24,6 @@ def write_side_files(
                     shutil.copyfileobj(source, file)
             else:
                 file.write((side.text or "").encode())
-    card = model_card(plan, metadata, asked)
     for name, text in ((MANIFEST_NAME, dump(manifest)), ("README.md", card)):
         with staging.write(name) as file:
             file.write(text.encode())

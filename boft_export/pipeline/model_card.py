@@ -16,15 +16,17 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
 _KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
 
 
-def card_metadata(plan: FoldPlan) -> str:
-    """Return the card's metadata as YAML."""
+def card_metadata(plan: FoldPlan, *tags: str) -> str:
+    """Return the card's metadata as YAML, with further tags."""
     from huggingface_hub import ModelCardData
 
-    base_id = _base_id(plan)
+    named = base_id(plan)
     metadata = _base_metadata(plan)
-    metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), "boft", "merged-adapter"]))
-    if base_id:
-        metadata |= {"base_model": base_id, "base_model_relation": "finetune"}
+    merged = ("boft", "merged-adapter") if plan.adapters else ()
+    if found := list(dict.fromkeys([*metadata.get("tags", []), *merged, *tags])):
+        metadata["tags"] = found
+    if named:
+        metadata |= {"base_model": named, **({"base_model_relation": "finetune"} if plan.adapters else {})}
     return ModelCardData(**metadata).to_yaml()
 
 
@@ -48,18 +50,13 @@ def model_card(plan: FoldPlan, metadata: str, asked: Mapping[str, Any]) -> str:
         )
         if plan.count(action)
     )
-    title, extent = "its adapter merged", ""
-    if asked:
-        alpha = ", ".join(map(number_text, dict.fromkeys(asked["alpha"])))
-        title = f"{alpha} of its adapter"
-        extent = f", alpha = {alpha} of the way from base (0) to tuned (1) on the {asked['path']} path"
-        extent += ", some tensors as far as a map says" if asked["alpha_map"] else ""
+    title = f"{_alpha(asked)} of its adapter" if asked else "its adapter merged"
     lines = [
         f"# {plan.base.name.rsplit('/', 1)[-1]} with {title}",
         "",
         (
-            f"`{_base_id(plan) or plan.base.name}` with {adapters} folded into its weights by boft-export "
-            f"{__version__}{extent}. It loads like the base and needs no adapter library."
+            f"`{base_id(plan) or plan.base.name}` with {adapters} folded into its weights by boft-export "
+            f"{__version__}{extent(asked)}. It loads like the base and needs no adapter library."
         ),
         "",
         f"Tensors: {counts}. `boft_export.json` has the inputs' hashes and what was done to each tensor.",
@@ -70,7 +67,19 @@ def model_card(plan: FoldPlan, metadata: str, asked: Mapping[str, Any]) -> str:
     return f"---\n{metadata}\n---\n\n" + "\n".join(lines) + "\n"
 
 
-def _base_id(plan: FoldPlan) -> str | None:
+def extent(asked: Mapping[str, Any]) -> str:
+    """Return how far an interpolation goes, as the end of a clause; nothing where all the way."""
+    if not asked:
+        return ""
+    mapped = ", some tensors as far as a map says" if asked["alpha_map"] else ""
+    return f", alpha = {_alpha(asked)} of the way from base (0) to tuned (1) on the {asked['path']} path{mapped}"
+
+
+def _alpha(asked: Mapping[str, Any]) -> str:
+    return ", ".join(map(number_text, dict.fromkeys(asked["alpha"])))
+
+
+def base_id(plan: FoldPlan) -> str | None:
     """Return the base's Hub id: its own, or the one that an adapter names where that is no other base."""
     if plan.base.repo_id or any(n.code == "other-base" and n.level is Level.WARNING for n in plan.notices):
         return plan.base.repo_id
