@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ from boft_export.errors import DamagedFileError, Level, Notice, ResourceError, U
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
+from boft_export.onnx.exporters import EXPORTERS, ForeignExporter
 from boft_export.onnx.external_data import DataFile, Layout, Placed
 from boft_export.onnx.folder import write_side_files
+from boft_export.onnx.foreign import verify_patched
 from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
 from boft_export.onnx.patch import BaseGraphs, Rewriting, absent_notices, find_places, open_graphs, patched_plan
+from boft_export.onnx.quantize import quantize_graphs
 from boft_export.onnx.session import check_runs
 from boft_export.onnx.skeleton import Skeleton, build_skeleton
 from boft_export.onnx.tasks import Task, find_task
 from boft_export.onnx.trace import Traced, trace
+from boft_export.onnx.variant import Exporter, Optimize, Quantize, Variant, variant
 from boft_export.onnx.verify import Agreement, verify
 from boft_export.onnx.weights import used_plan, write_weights
 from boft_export.pipeline.engine import Engine, OutputResult
@@ -33,16 +39,13 @@ from boft_export.pipeline.model_card import card_metadata
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.prepare import Prepared, check_options, fit_memory, keep_off_inputs, prepare
 from boft_export.pipeline.recorded import RecordedFile
-from boft_export.pipeline.run import COMPUTE_DTYPES, check_effect, devices_for
+from boft_export.pipeline.run import COMPUTE_DTYPES, Verb, carry_out, check_effect, devices_for
 from boft_export.pipeline.torch_io import TORCH_DTYPES
 from boft_export.planning import Action, FoldPlan, TensorPlan, make_plan
 from boft_export.planning.alphas import Alpha, AlphaMap
 from boft_export.planning.config_edits import apply_edits
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.strength import Course, Interpolation, interpolation
-
-DEFAULT_OPSET = 23
-MIN_OPSET, MAX_OPSET = 18, 24
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class ExportOptions(RunOptions):
 
     Attributes:
         task: What the model is exported for; None for what its config says.
-        opset: The version of ONNX's operators.
+        variant: How graphs are made.
         base_onnx: A graph of the base, or a folder of them, to fold into; None to trace one.
     """
 
     task: str | None = None
-    opset: int = DEFAULT_OPSET
+    variant: Variant = Variant()
     base_onnx: Ref | None = None
 
 
@@ -87,7 +90,10 @@ def export_onnx(
     output: Ref,
     *,
     task: str | None = None,
-    opset: int = DEFAULT_OPSET,
+    exporter: Exporter | str = Exporter.DYNAMO,
+    opset: int | None = None,
+    optimize: Optimize | str = Optimize.STANDARD,
+    quantize: Quantize | str = Quantize.NONE,
     base_onnx: Ref | None = None,
     alpha: Alpha | None = None,
     path: InterpolationPath | str = "geodesic",
@@ -111,7 +117,13 @@ def export_onnx(
         adapters: None, one or several adapters, in the order in which they apply.
         output: The folder to write; it appears only when it is complete.
         task: What the model is exported for; None for what its config says.
-        opset: The version of ONNX's operators.
+        exporter: What makes the graph: ``dynamo``, which is torch's own, ``optimum``, or onnxruntime-``genai``'s builder;
+            the latter two, packages of their own, load the whole model.
+        opset: The version of ONNX's operators; None for what suits the rest, 23 as a rule.
+        optimize: ``none`` for what tracing gives, ``standard`` for fewer operators, all of them ONNX's own, or ``ort``
+            for those of ONNX Runtime, too.
+        quantize: ``none``, ``int8`` for products in 8-bit integers, or ``int4`` for weights of 4 bits. The model is
+            loaded for it.
         base_onnx: An ONNX file of the base, or a folder of them, to fold into with no tracing: all but the weights that
             the adapters change stays as it is there, dtype and opset included.
         alpha: How far to go from base (0) to tuned (1), one number for all adapters or one for each.
@@ -143,7 +155,7 @@ def export_onnx(
         sources=sources,
         progress=progress,
         task=task,
-        opset=opset,
+        variant=variant(exporter, optimize, quantize, opset),
         base_onnx=base_onnx,
     )
     request = _request(alpha, path, alpha_map)
@@ -165,6 +177,10 @@ def plan_export(
     alpha: Alpha | None = None,
     path: InterpolationPath | str = "geodesic",
     alpha_map: AlphaMap | None = None,
+    exporter: Exporter | str = Exporter.DYNAMO,
+    opset: int | None = None,
+    optimize: Optimize | str = Optimize.STANDARD,
+    quantize: Quantize | str = Quantize.NONE,
     **options: Any,  # noqa: ANN401  # those of ExportOptions
 ) -> tuple[Prepared, Task]:
     """Check all that can be known without reading a weight or tracing: what a dry run does.
@@ -174,7 +190,7 @@ def plan_export(
     Raises:
         BoftExportError: As ``export_onnx`` does.
     """
-    asked = ExportOptions(**options)
+    asked = ExportOptions(**options, variant=variant(exporter, optimize, quantize, opset))
     device = devices_for(asked)[0].type
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
@@ -200,8 +216,9 @@ def prepare_export(
     Raises:
         BoftExportError: As ``prepare`` does.
     """
-    if options.base_onnx is None and not MIN_OPSET <= options.opset <= MAX_OPSET:
-        raise UsageError(f"opset {options.opset} can't be exported.", hint=f"Give --opset {MIN_OPSET} to {MAX_OPSET}.")
+    options.variant.check(options.dtype, graph_given=options.base_onnx is not None)
+    if options.variant.exporter in EXPORTERS:
+        EXPORTERS[options.variant.exporter].check_installed()
     if options.task is not None:
         find_task({}, options.task)
     if options.base_onnx is not None and not adapters:
@@ -237,7 +254,7 @@ def _as_in(graphs: BaseGraphs, options: ExportOptions, output: Ref) -> ExportOpt
     return replace(
         options,
         dtype=FLOAT_DTYPES[graphs.dtype],
-        opset=graphs.opset,
+        variant=replace(options.variant, opset=graphs.opset),
         task=options.task or graphs.task,
     )
 
@@ -259,7 +276,7 @@ def _carry_out(
         "compute_dtype": options.compute_dtype,
         "device": devices[0].type,
         "task": task.name,
-        "opset": options.opset,
+        **options.variant.document(),
         "torch": torch.__version__,
         **({"base_onnx": base.digests()} if base is not None else {}),
     }
@@ -271,7 +288,7 @@ def _carry_out(
         folder.mkdir(parents=True, exist_ok=True)
         engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
         job = _Job(ready.course, engine, folder, staging, options)
-        drawn = _trace(plan, task, job) if base is None else _patch(plan, task, base, job)
+        drawn = _draw(plan, task, base, job)
         plan, written, inputs = drawn.plan, drawn.written, drawn.inputs
         if plan.fingerprint(settings) != fingerprint:
             raise DamagedFileError(
@@ -281,14 +298,10 @@ def _carry_out(
         plan = replace(plan, notices=(*plan.notices, *lost))
         # On the CPU, unless a GPU was asked for or nothing else could run it.
         place = "cuda" if options.device.startswith("cuda") or _graph_dtype(plan) is torch.bfloat16 else "cpu"
-        agreements: tuple[Agreement, ...] = ()
-        if drawn.unverified is None:
-            _phases(options.progress)("verifying")
-            verified = verify(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
-            agreements = verified.agreements
-            plan = replace(plan, notices=(*plan.notices, *verified.notices))
-        else:
-            plan = replace(plan, notices=(*plan.notices, drawn.unverified))
+        _phases(options.progress)("verifying")
+        check = verify if base is None else partial(verify_patched, base)
+        verified = check(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
+        plan = replace(plan, notices=(*plan.notices, *verified.notices))
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
         files = {
             str(f.relative_to(staging.files)): RecordedFile(f.stat().st_size, file_digest(f))
@@ -296,15 +309,15 @@ def _carry_out(
             if f.is_file()
         }
         made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
-        made["verified"] = [a.document() for a in agreements]
-        card = export_card(plan, metadata, asked, task.name, drawn.graphs, agreements)
+        made["verified"] = [a.document() for a in verified.agreements]
+        card = export_card(plan, metadata, asked, task.name, drawn.graphs, verified.agreements)
         write_side_files(plan, staging, made, card)
         staging.publish()
     except BaseException:
         # Nothing of it could be taken up again.
         staging.discard()
         raise
-    return ExportResult(ready.output, plan, task.name, drawn.graphs, agreements, made)
+    return ExportResult(ready.output, plan, task.name, drawn.graphs, verified.agreements, made)
 
 
 @dataclass(frozen=True)
@@ -327,14 +340,46 @@ class _Drawn:
         written: What was done to each weight.
         inputs: SHA-256 of the input files.
         graphs: Each graph's file below the output, with its number of nodes.
-        unverified: Why the graphs can't be compared with the model; None if they can.
     """
 
     plan: FoldPlan
     written: OutputResult
     inputs: dict[str, str]
     graphs: dict[str, int]
-    unverified: Notice | None = None
+
+
+def _draw(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: _Job) -> _Drawn:
+    """Make the graphs that are asked for."""
+    variant = job.options.variant
+    if base is not None:
+        drawn = _patch(plan, task, base, job)
+    elif variant.exporter in EXPORTERS:
+        drawn = _by_another(plan, task, EXPORTERS[variant.exporter], job)
+    else:
+        drawn = _trace(plan, task, job)
+    if variant.quantize is Quantize.NONE or variant.exporter is Exporter.GENAI:
+        return drawn
+    _phases(job.options.progress)(f"quantising to {variant.quantize}")
+    return replace(drawn, graphs=_below(plan, quantize_graphs(job.folder, variant.quantize, job.staging.root)))
+
+
+def _below(plan: FoldPlan, graphs: Mapping[str, int]) -> dict[str, int]:
+    return {str(plan.base.folder / name): nodes for name, nodes in graphs.items()}
+
+
+def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: _Job) -> _Drawn:
+    """Merge into a checkpoint that another exporter loads, and take over the graphs that it makes."""
+    _check_disk(3 * sum(t.nbytes for t in plan.tensors), plan, job.staging)
+    ready = Prepared(plan, job.course, job.staging.root / "merged", job.engine.memory, job.engine.jobs)
+    merged = carry_out(Verb("merge", lambda _: {}, check_effect), ready, job.options, job.engine.devices)
+    (made,) = merged.manifests
+    inputs = {f"base/{n}": h for n, h in made["base"]["sha256"].items()}
+    inputs |= {f"adapter-{i}/{n}": h for i, a in enumerate(made["adapters"]) for n, h in a["sha256"].items()}
+    metadata = graph_metadata(plan, inputs, task.name)
+    _phases(job.options.progress)(f"exporting with {exporter.package}")
+    graphs = exporter.export(merged.output / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
+    shutil.rmtree(merged.output)
+    return _Drawn(plan, merged.outputs[0], inputs, _below(plan, graphs))
 
 
 def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
@@ -345,9 +390,10 @@ def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
     traced = {}
     for graph in task.graphs(skeleton.model):
         phase(f"tracing {graph.name}")
-        traced[graph.name] = trace(skeleton, graph, job.options.opset)
+        traced[graph.name] = trace(skeleton, graph, job.options.variant)
     used = _used(traced, skeleton)
-    plan = replace(plan, notices=(*_left_out(plan, used), *plan.notices))
+    said = [n for g in traced.values() for n in g.notices]
+    plan = replace(plan, notices=(*_left_out(plan, used), *said, *plan.notices))
     places, weights, layout = _lay_out(traced, skeleton)
     _check_disk(layout.nbytes, plan, job.staging)
     with DataFile(job.folder / DATA_NAME, layout.nbytes) as file:
@@ -371,26 +417,7 @@ def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: _Job) -> _Drawn:
     folded = patched_plan(plan, matches)
     written, inputs = rewriting.write(job.folder, folded, job.course, job.engine, job.options.progress)
     graphs = {str(plan.base.folder / name): file.nodes for name, file in base.files.items()}
-    return _Drawn(plan, written, inputs, graphs, _unverified(plan, task, base))
-
-
-def _unverified(plan: FoldPlan, task: Task, base: BaseGraphs) -> Notice | None:
-    """Return why graphs of others can't be run as the task's are; None if they can."""
-    if base.are_ours:
-        return None
-    reason = None
-    for graph in task.graphs(build_skeleton(plan, task, _graph_dtype(plan)).model):
-        found = base.files.get(f"{graph.name}.onnx")
-        if found is None:
-            reason = f"there is no {graph.name}.onnx"
-        elif further := [n for n in found.inputs if n not in graph.sample]:
-            reason = f"{graph.name}.onnx wants {', '.join(further[:3])}"
-        elif lacking := [n for n in graph.outputs if n not in found.outputs]:
-            reason = f"{graph.name}.onnx does not give {', '.join(lacking[:3])}"
-    if reason is None:
-        return None
-    message = f"the graph was not compared with the model: for {task.name}, {reason}"
-    return Notice(Level.WARNING, "not-verified", "", message, "Name another task with --task, or test it yourself.")
+    return _Drawn(plan, written, inputs, graphs)
 
 
 def _phases(progress: Progress | None) -> Callable[[str], None]:
