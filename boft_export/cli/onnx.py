@@ -19,6 +19,7 @@ NAME = "onnx"
 EPILOG = opt.examples(
     "boft-export onnx ./base ./my-adapter -o ./onnx",
     "boft-export onnx ./merged -o ./onnx --task text-generation",
+    "boft-export onnx ./base ./my-adapter -o ./tuned --base-onnx ./onnx/model.onnx",
 )
 _PATH = "How far to go"
 _GRAPH = "The graph"
@@ -43,6 +44,16 @@ def command(
         ),
     ] = None,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.", metavar="N", rich_help_panel=_GRAPH)] = 23,
+    base_onnx: Annotated[
+        Path | None,
+        typer.Option(
+            "--base-onnx",
+            help="An ONNX file of MODEL, or a folder of them, to fold the adapters into: no tracing, in seconds. Its "
+            "nodes, opset and dtype stay.",
+            metavar="FILE",
+            rich_help_panel=_GRAPH,
+        ),
+    ] = None,
     dtype: Annotated[
         opt.OutputDtype, typer.Option("--dtype", help="Dtype of the graph's weights.", rich_help_panel=_GRAPH)
     ] = opt.OutputDtype.FLOAT32,
@@ -91,6 +102,7 @@ def command(
 
         asked: dict[str, Any] = {
             "task": task,
+            "base_onnx": base_onnx,
             "opset": opset,
             "alpha": parse_alpha(alpha) if alpha is not None else None,
             "path": path,
