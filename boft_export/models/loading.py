@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from boft_export.checkpoint import TensorRef
 from boft_export.errors import BoftExportError, CheckFailedError, InputError, ResourceError, UsageError
+from boft_export.models.diffusion import load_diffusion
 from boft_export.pipeline.torch_io import TORCH_DTYPES, read_bytes
 from boft_export.planning import FoldPlan
 from boft_export.planning.config_edits import apply_edits
@@ -97,7 +98,7 @@ class LoadedModel:
         missing: The parameters that the files lack; they have the same random values in each model of a class.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     missing: frozenset[str]
 
 
@@ -162,6 +163,9 @@ def load_state(
         raise CannotTellError(f"{plan.base.name} has no config.json, which tells what kind of model it is.")
     with model_errors(CannotTellError, f"{plan.base.name} can't be loaded"), tempfile.TemporaryDirectory() as folder:
         text = apply_edits(plan.base.config, edits)
+        if "_class_name" in plan.base.config:
+            model, missing = load_diffusion(json.loads(text), state)
+            return LoadedModel(model.float().to(device).eval(), missing)
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
         return _load(_read_config(Path(folder)), None, state, device, kind)
 

@@ -53,7 +53,7 @@ class Reference:
         idle: The names of those that were not run yet.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     kind: str
     missing: frozenset[str]
     weights: list[Tensor]
@@ -150,7 +150,7 @@ def _with_hooks(
         layer = read_plain_layer(plan.adapters[step.adapter], step.layer, step.view, len(weight))
         layers.setdefault(found[0], []).append(layer)
     applied, modules = "hooks", {}
-    weights = [parameters[n] for n in layers]
+    weights: list[Tensor] = [parameters[n] for n in layers]
     weights += [parameters[n] for name, value in _replaced(plan) for n in find_parameters(parameters, name, value)[:1]]
     for name, own in layers.items():
         module = modules[name.removesuffix(".weight")] = model.get_submodule(name.removesuffix(".weight"))

@@ -194,7 +194,7 @@ def plan_export(
     device = devices_for(asked)[0].type
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
-        task = find_task(_config(ready.plan), asked.task)
+        task = find_task(_config(ready.plan), asked.task, ready.plan.base.root)
         build_skeleton(ready.plan, task, _graph_dtype(ready.plan))
     return ready, task
 
@@ -270,7 +270,8 @@ def _carry_out(
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
     plan = replace(ready.plan, notices=(*(n for notices, _ in values for n in notices), *ready.plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be folded into this model")
-    task = find_task(_config(plan), options.task)
+    task = find_task(_config(plan), options.task, plan.base.root)
+    plan = replace(plan, notices=(*task.notices, *plan.notices))
     settings: dict[str, Any] = {
         "dtype": options.dtype or "keep",
         "compute_dtype": options.compute_dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,39 +64,51 @@ def build_skeleton(plan: FoldPlan, task: Task, dtype: torch.dtype) -> Skeleton:
     Raises:
         InputError: If transformers can't build it, or a tensor's shape is not the model's.
     """
-    with model_errors(InputError, f"{plan.base.name} is no model that {task.name} could export"):
-        config = _read_config(plan)
-        kind = _class_for(config, task)
-        with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
-            attention = task.attention.get(config.model_type)
-            chosen = {"attn_implementation": attention} if attention else {}
-            model = kind._from_config(config, dtype=dtype, **chosen).eval()  # noqa: SLF001  # it is what from_config of the Auto classes calls
+    with (
+        model_errors(InputError, f"{plan.base.name} is no model that {task.name} could export"),
+        _parameters_on_meta(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        model = _build(plan, task, dtype).eval()
     sources = _sources(model, plan)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fill(model, sources, mode)
     return Skeleton(model, mode, sources)
 
 
+def _build(plan: FoldPlan, task: Task, dtype: torch.dtype) -> nn.Module:
+    if task.build is not None:
+        return task.build(json.loads(_config_text(plan)), dtype)
+    config = _read_config(plan)
+    attention = task.attention.get(config.model_type)
+    chosen = {"attn_implementation": attention} if attention else {}
+    built: nn.Module = _class_for(config, task)._from_config(config, dtype=dtype, **chosen)  # noqa: SLF001  # it is what from_config of the Auto classes calls
+    return built
+
+
 def model_class(plan: FoldPlan, task: Task) -> Any:  # noqa: ANN401  # transformers is untyped here
-    """Return the class that a plan's output is exported as.
+    """Return the class of transformers that a plan's output is exported as; None for what is none of its models.
 
     Raises:
         CannotTellError: If transformers has none.
     """
-    return _class_for(_read_config(plan), task)
+    return _class_for(_read_config(plan), task) if task.build is None else None
 
 
-def _read_config(plan: FoldPlan) -> Any:  # noqa: ANN401  # transformers is untyped here
-    import transformers
-
+def _config_text(plan: FoldPlan) -> str:
     if plan.base.config_text is None:
         raise CannotTellError(
             f"{plan.base.name} has no config.json, which tells what kind of model it is.",
             hint="Give the whole folder as MODEL.",
         )
+    return apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
+
+
+def _read_config(plan: FoldPlan) -> Any:  # noqa: ANN401  # transformers is untyped here
+    import transformers
+
     with tempfile.TemporaryDirectory() as folder:
-        text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        (Path(folder) / "config.json").write_text(_config_text(plan), encoding="utf-8")
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -103,6 +116,9 @@ def _class_for(config: Any, task: Task) -> Any:  # noqa: ANN401  # as above
     """Return the config's own class where the task's Auto class would load it, and else the one that it would load."""
     import transformers
 
+    named = config.architectures or ()
+    if task.auto_class is None:
+        return getattr(transformers, next(iter(named)))
     mapping = getattr(transformers, task.auto_class)._model_mapping  # noqa: SLF001  # the Auto classes' table has no public name
     if type(config) not in mapping:
         raise CannotTellError(
@@ -111,7 +127,7 @@ def _class_for(config: Any, task: Task) -> Any:  # noqa: ANN401  # as above
         )
     found = mapping[type(config)]
     kinds = list(found) if isinstance(found, tuple | list) else [found]
-    return next((k for k in kinds if k.__name__ in (config.architectures or ())), kinds[0])
+    return next((k for k in kinds if k.__name__ in named), kinds[0])
 
 
 @contextlib.contextmanager

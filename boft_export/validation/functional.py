@@ -343,7 +343,7 @@ def _controls(
     for seed in range(_CONTROLS):
         for sign in (1, -1):
             generator = torch.Generator(device).manual_seed(seed)
-            for chunk in (c for w in weights for c in w.view(-1).split(_CHUNK)):
+            for chunk in (c for w in weights for c in torch.split(w.view(-1), _CHUNK)):
                 chunk.add_(rounding.errors(chunk, generator), alpha=sign)
             if sign > 0:
                 yield _run(reference.model, batches, device)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from boft_export.errors import Notice
 
 # An input's dynamic axes by number, each with the name that is shown for it.
 Axes = Mapping[int, str]
@@ -64,17 +68,25 @@ class Task:
 
     Attributes:
         name: As the Hub and optimum call it.
-        auto_class: The class of transformers that loads a model for it.
+        auto_class: The class of transformers that loads a model for it; None for the class that the config names.
         architectures: How the names of the classes end that are meant for it, for finding the task of a config.
         graphs: The graphs of a model.
         compare: Runs the model as its users do, and its graphs, on inputs of other shapes than the samples', and yields
             what came out of both. ``seed`` decides the inputs.
         attention: The attention to trace with, by model type; sdpa where none is named.
+        main_input: The only main input of its models, which tells apart classes whose names end alike; any if empty.
+        build: Builds the model of a config in a dtype, where it is none of transformers'.
+        for_folder: Returns the task as a folder's own files want it.
+        notices: What there is to say where it is chosen.
     """
 
     name: str
-    auto_class: str
+    auto_class: str | None
     architectures: tuple[str, ...]
     graphs: Callable[[nn.Module], Sequence[Graph]]
     compare: Callable[[Any, RunGraph, int], Iterator[Compared]]
     attention: Mapping[str, str] = field(default_factory=dict)
+    main_input: str = ""
+    build: Callable[[Mapping[str, Any], torch.dtype], nn.Module] | None = None
+    for_folder: Callable[[Task, Path], Task] | None = None
+    notices: tuple[Notice, ...] = ()
