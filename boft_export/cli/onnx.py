@@ -14,6 +14,7 @@ from boft_export.cli.output import Output
 from boft_export.cli.result import show_changes
 from boft_export.cli.run import reported
 from boft_export.linalg.path import InterpolationPath
+from boft_export.onnx.variant import Exporter, Optimize, Quantize
 
 NAME = "onnx"
 EPILOG = opt.examples(
@@ -43,7 +44,34 @@ def command(
             help="What the model is for (default: what its config says).", metavar="TASK", rich_help_panel=_GRAPH
         ),
     ] = None,
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.", metavar="N", rich_help_panel=_GRAPH)] = 23,
+    exporter: Annotated[
+        Exporter,
+        typer.Option(
+            help="What makes the graph; optimum and genai are packages of their own, and load the whole model.",
+            rich_help_panel=_GRAPH,
+        ),
+    ] = Exporter.DYNAMO,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            help="Version of ONNX's operators (default: 23, or what --optimize ort can fuse).",
+            metavar="N",
+            show_default=False,
+            rich_help_panel=_GRAPH,
+        ),
+    ] = None,
+    optimize: Annotated[
+        Optimize,
+        typer.Option(
+            help="none, ONNX's own operators (standard), or ONNX Runtime's, too (ort).", rich_help_panel=_GRAPH
+        ),
+    ] = Optimize.STANDARD,
+    quantize: Annotated[
+        Quantize,
+        typer.Option(
+            help="int8: products in 8-bit integers; int4: weights of 4 bits. Loads the model.", rich_help_panel=_GRAPH
+        ),
+    ] = Quantize.NONE,
     base_onnx: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +131,10 @@ def command(
         asked: dict[str, Any] = {
             "task": task,
             "base_onnx": base_onnx,
+            "exporter": exporter.value,
             "opset": opset,
+            "optimize": optimize.value,
+            "quantize": quantize.value,
             "alpha": parse_alpha(alpha) if alpha is not None else None,
             "path": path,
             "alpha_map": read_alpha_map(alpha_map) if alpha_map is not None else None,

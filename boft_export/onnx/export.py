@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging, free_bytes
-from boft_export.errors import DamagedFileError, Level, Notice, ResourceError, UsageError, raise_for_errors
+from boft_export.errors import DamagedFileError, InputError, Level, Notice, ResourceError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
@@ -59,7 +59,7 @@ class ExportOptions(RunOptions):
     """
 
     task: str | None = None
-    variant: Variant = Variant()
+    variant: Variant = field(default_factory=Variant)
     base_onnx: Ref | None = None
 
 
@@ -117,8 +117,8 @@ def export_onnx(
         adapters: None, one or several adapters, in the order in which they apply.
         output: The folder to write; it appears only when it is complete.
         task: What the model is exported for; None for what its config says.
-        exporter: What makes the graph: ``dynamo``, which is torch's own, ``optimum``, or onnxruntime-``genai``'s builder;
-            the latter two, packages of their own, load the whole model.
+        exporter: What makes the graph: ``dynamo``, which is torch's own, ``optimum``, or ``genai``, the builder of
+            onnxruntime-genai; the latter two, packages of their own, load the whole model.
         opset: The version of ONNX's operators; None for what suits the rest, 23 as a rule.
         optimize: ``none`` for what tracing gives, ``standard`` for fewer operators, all of them ONNX's own, or ``ort``
             for those of ONNX Runtime, too.
@@ -192,10 +192,18 @@ def plan_export(
     """
     asked = ExportOptions(**options, variant=variant(exporter, optimize, quantize, opset))
     device = devices_for(asked)[0].type
+    graphs = None
+    if asked.base_onnx is not None:
+        graphs = open_graphs(asked.base_onnx)
+        asked = _as_in(graphs, asked, output)
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
         task = find_task(_config(ready.plan), asked.task, ready.plan.base.root)
-        build_skeleton(ready.plan, task, _graph_dtype(ready.plan))
+        if graphs is None:
+            build_skeleton(ready.plan, task, _graph_dtype(ready.plan))
+        else:
+            notices = absent_notices(find_places(graphs, ready.plan))
+            ready = replace(ready, plan=replace(ready.plan, notices=(*notices, *ready.plan.notices)))
     return ready, task
 
 
@@ -370,7 +378,7 @@ def _below(plan: FoldPlan, graphs: Mapping[str, int]) -> dict[str, int]:
 
 def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: _Job) -> _Drawn:
     """Merge into a checkpoint that another exporter loads, and take over the graphs that it makes."""
-    _check_disk(3 * sum(t.nbytes for t in plan.tensors), plan, job.staging)
+    _check_disk(3 * sum(s.nbytes for s in plan.shards), plan, job.staging)
     ready = Prepared(plan, job.course, job.staging.root / "merged", job.engine.memory, job.engine.jobs)
     merged = carry_out(Verb("merge", lambda _: {}, check_effect), ready, job.options, job.engine.devices)
     (made,) = merged.manifests
@@ -453,12 +461,20 @@ def _used(traced: Mapping[str, Traced], skeleton: Skeleton) -> dict[str, TensorP
 
 
 def _left_out(plan: FoldPlan, used: Mapping[str, TensorPlan]) -> list[Notice]:
-    """Return notices of what adapters change and the graphs don't have."""
-    changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT) and t.name not in used]
-    if not changed:
+    """Return notices of what adapters change and the graphs don't have.
+
+    Raises:
+        InputError: If the graphs have nothing of what they change.
+    """
+    changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT)]
+    missing = [name for name in changed if name not in used]
+    if not missing:
         return []
-    message = f"{len(changed)} tensors that the adapters change are not used for this task"
-    return [Notice(Level.WARNING, "not-in-graph", changed[0], message, "Name another task with --task.")]
+    message = f"{len(missing)} of {len(changed)} tensors that the adapters change are not used for this task"
+    notice = Notice(Level.WARNING, "not-in-graph", missing[0], message, "Name another task with --task.")
+    if len(missing) == len(changed):
+        raise InputError(f"{notice}.", hint=notice.hint)
+    return [notice]
 
 
 def _lay_out(

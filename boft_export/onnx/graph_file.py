@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from boft_export.checkpoint.staging import file_system_errors
 from boft_export.onnx.external_data import Placed
@@ -58,3 +59,18 @@ def save_graph(model: ir.Model, weights: Mapping[str, Placed], path: Path, metad
     model.metadata_props.update(metadata)
     with file_system_errors(path):
         ir.save(model, path)
+
+
+def save_whole(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> int:
+    """Write a graph that has its weights, with a data file of its own beside it; return the number of its nodes.
+
+    Raises:
+        ResourceError: If the disk is full.
+        AccessError: If it can't be written.
+    """
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    with file_system_errors(path):
+        ir.save(model, path, external_data=f"{path.name}_data")
+    return model.graph.num_nodes()

@@ -14,15 +14,15 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from onnxscript.optimizer import optimize_ir
-from onnxscript.rewriter import onnx_fusions
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from boft_export.errors import InputError
+from boft_export.errors import InputError, Notice
 from boft_export.models.loading import model_errors
+from boft_export.onnx.optimize import Weight, optimize
 from boft_export.onnx.skeleton import Skeleton
 from boft_export.onnx.tasks import Graph
+from boft_export.onnx.variant import Variant
 from boft_export.version import __version__
 
 # Libraries that say on the log what concerns their makers.
@@ -37,27 +37,16 @@ class Traced:
     Attributes:
         model: The graph; a weight is an initializer without a value.
         weights: The name in the model of each weight, by its initializer's name, and whether it is stored transposed.
+        notices: What there is to say of how it was optimised.
     """
 
     model: ir.Model
     weights: Mapping[str, Weight]
+    notices: tuple[Notice, ...] = ()
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A weight of a graph.
-
-    Attributes:
-        name: Its name in the model.
-        transposed: Stored as (columns, rows).
-    """
-
-    name: str
-    transposed: bool = False
-
-
-def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
-    """Trace one graph of a model, optimised with standard operators only.
+def trace(skeleton: Skeleton, graph: Graph, variant: Variant) -> Traced:
+    """Trace one graph of a model, and optimise it.
 
     Raises:
         InputError: If it can't be traced, or a dynamic axis turned out to be fixed.
@@ -85,7 +74,7 @@ def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
                     dynamo=True,
                     optimize=False,
                     verbose=False,
-                    opset_version=opset,
+                    opset_version=variant.opset_for(graph.sample),
                     dynamic_shapes={"inputs": axes},
                     input_names=list(sample),
                     output_names=list(graph.outputs),
@@ -95,15 +84,13 @@ def trace(skeleton: Skeleton, graph: Graph, opset: int) -> Traced:
             for value in traced.graph.initializers.values():
                 if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
                     value.const_value = None
-            optimize_ir(traced)
-            if any(onnx_fusions.fuse(traced).values()):
-                optimize_ir(traced, num_iterations=1)
+            optimized = optimize(traced, variant.optimize)
     finally:
         model.forward = bound.__get__(model)
     _name_axes(traced, graph)
     ClearMetadataAndDocStringPass()(traced)
     traced.producer_name, traced.producer_version = _PRODUCER, __version__
-    return Traced(traced, _store_transposed(traced))
+    return Traced(traced, optimized.weights, tuple(optimized.notices(graph.name)))
 
 
 def _dynamic_axes(graph: Graph) -> dict[str, dict[int, Any]]:
@@ -159,25 +146,3 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
     for value in values if names else ():
         if value.shape is not None:
             value.shape = ir.Shape([renamed(size) for size in value.shape])
-
-
-def _store_transposed(model: ir.Model) -> dict[str, Weight]:
-    """Let weights that are only used transposed be stored so; return all weights."""
-    weights = {}
-    for name, value in list(model.graph.initializers.items()):
-        if value.const_value is not None:
-            continue
-        weights[name] = Weight(name)
-        uses = [use.node for use in value.uses()]
-        if not uses or not all(_swaps_two_axes(node) for node in uses) or value.shape is None:
-            continue
-        weights[name] = Weight(name, transposed=True)
-        value.shape = ir.Shape(list(value.shape)[::-1])
-        for node in uses:
-            ir.convenience.replace_all_uses_with(node.outputs[0], value)
-            model.graph.remove(node, safe=True)
-    return weights
-
-
-def _swaps_two_axes(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and node.domain == "" and list(node.attributes["perm"].as_ints()) == [1, 0]

@@ -1,0 +1,15 @@
+"""Exporters of others, each run on a merged checkpoint as a program of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from boft_export.onnx.exporters.foreign import ForeignExporter
+from boft_export.onnx.exporters.genai import GENAI
+from boft_export.onnx.exporters.optimum import OPTIMUM
+from boft_export.onnx.variant import Exporter
+
+EXPORTERS: Mapping[Exporter, ForeignExporter] = MappingProxyType({Exporter.OPTIMUM: OPTIMUM, Exporter.GENAI: GENAI})
+
+__all__ = ["EXPORTERS", "ForeignExporter"]
