@@ -29,6 +29,15 @@ def runtime_conflict() -> str | None:
     return _BOTH if len(_installed()) > 1 else None
 
 
+def check_installed() -> None:
+    """See that graphs can be run.
+
+    Raises:
+        UsageError: If ONNX Runtime is not installed.
+    """
+    _runtime()
+
+
 def has_cuda() -> bool:
     """Tell whether the installed runtime knows CUDA; that it can be used here shows when a graph is loaded."""
     return _CUDA in _runtime().get_available_providers()

@@ -19,7 +19,7 @@ from boft_export.onnx.reference import load_expected
 from boft_export.onnx.session import Session, check_runs
 from boft_export.onnx.skeleton import model_class
 from boft_export.onnx.tasks import Compared, RunGraph, Task, Tensors
-from boft_export.pipeline.allocator import keep_tiles_free_chunks
+from boft_export.pipeline.allocator import give_back_freed
 from boft_export.pipeline.engine import Engine
 from boft_export.planning import FoldPlan
 from boft_export.planning.strength import Course
@@ -120,7 +120,7 @@ def verify(
         course: How far the adapters go.
         engine: How weights are folded where only that tells what they must be.
         scratch: A folder for what has to be on disk meanwhile.
-        device: ``cpu`` or ``cuda``, for the graphs.
+        device: Where the graphs run: on the CPU, unless this begins with ``cuda``.
         limits: How far outputs may differ, by what a graph computes in.
 
     Raises:
@@ -154,8 +154,8 @@ def compare(
         CheckFailedError: If what comes out is not finite, or of another shape, or the graphs don't run.
         CannotTellError: If the model can't be run here.
     """
-    # What tracing and folding held goes back to the system.
-    keep_tiles_free_chunks()
+    # What tracing and folding held.
+    give_back_freed()
     runner = _Runner(folder, device)
     kind = model_class(plan, task)
     with MappedWeights(scratch) as weights, torch.no_grad():
@@ -180,12 +180,12 @@ class _Runner:
 
     Args:
         folder: Where they are.
-        device: ``cpu`` or ``cuda``.
+        device: Where to run them: on the CPU, unless this begins with ``cuda``.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
         self._folder = folder
-        self._device = device
+        self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._fold_constants = sum(f.stat().st_size for f in folder.glob("*.onnx*")) <= _SMALL
         self._sessions: dict[str, Session] = {}
         self._kinds: list[str] = []
@@ -204,7 +204,9 @@ class _Runner:
             check_runs(kind)
         with model_errors(CheckFailedError, f"ONNX Runtime can't run {path.name}"):
             if name not in self._sessions:
-                self._sessions[name] = Session(path, self._device, fold_constants=self._fold_constants)
+                # Nothing but CUDA runs bfloat16.
+                device = "cuda" if self.kind == "bfloat16" else self._device
+                self._sessions[name] = Session(path, device, fold_constants=self._fold_constants)
             self._outputs.append(self._sessions[name].run(inputs))
         return self._outputs[-1]
 
@@ -237,7 +239,7 @@ def _check(case: Compared) -> None:
     """
     if case.expected.shape != case.actual.shape:
         shapes = f"{tuple(case.actual.shape)}, the model's {tuple(case.expected.shape)}"
-        raise CheckFailedError(f"{case.output} of the graph is {shapes}, on {case.case}. Nothing was published.")
+        raise CheckFailedError(f"{case.output} of the graph is {shapes}, on {case.case}.")
     for whose, values in (("the model", case.expected), ("the graph", case.actual)):
         if bad := int((~torch.isfinite(_rows(values, case.counts))).sum()):
             raise CheckFailedError(

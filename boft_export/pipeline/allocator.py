@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -26,3 +27,12 @@ def keep_tiles_free_chunks() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, _LARGE)
     mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def give_back_freed() -> None:
+    """Give the system back what was freed in small pieces, and what only waited for the garbage collector."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

@@ -82,6 +82,7 @@ class Recorded:
         files: The weight files, by name.
         tensors: The tensors, by name.
         undo: The files beside them that undo the merge, by name; see ``boft_export.pipeline.undo``.
+        task: What an ONNX graph was exported for; None for anything else.
     """
 
     command: str
@@ -93,6 +94,7 @@ class Recorded:
     files: Mapping[str, RecordedFile]
     tensors: Mapping[str, RecordedTensor]
     undo: Mapping[str, RecordedFile] = field(default_factory=dict)
+    task: str | None = None
 
     @property
     def path(self) -> InterpolationPath:
@@ -119,7 +121,18 @@ def read_recorded(checkpoint: Checkpoint) -> Recorded | None:
         InputError: If it is of another version.
         AccessError: If it can't be read.
     """
-    path = checkpoint.root / MANIFEST_NAME
+    return read_manifest(checkpoint.root)
+
+
+def read_manifest(folder: Path) -> Recorded | None:
+    """Read a folder's ``boft_export.json``; None where it has none.
+
+    Raises:
+        DamagedFileError: If it is not what a manifest is.
+        InputError: If it is of another version.
+        AccessError: If it can't be read.
+    """
+    path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
@@ -147,6 +160,7 @@ def read_recorded(checkpoint: Checkpoint) -> Recorded | None:
         files={n: _file(f) for n, f in root.part("files").items(_file_name)},
         tensors={n: _tensor(t, len(adapters)) for n, t in root.part("tensors").items(_text)},
         undo={n: _file(f) for n, f in root.part("undo").items(_file_name)} if "undo" in root else {},
+        task=settings.get("task", _text) if "task" in settings else None,
     )
 
 

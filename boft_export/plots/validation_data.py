@@ -99,7 +99,7 @@ class Shown:
         """What was validated."""
         document = self.document
         adapters = " and ".join(document["adapters"])
-        merged, base = document["merged"], document["base"]
+        merged, base = document["merged"] or document["onnx"], document["base"]
         if merged is None:
             return adapters + (f" for {base}" if base is not None else "") or "nothing"
         origin = " with ".join(x for x in (base, adapters) if x)

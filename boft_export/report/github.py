@@ -103,7 +103,7 @@ def error_summary(error: BaseException, seconds: float) -> str:
 
 def _head(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {_SIGNS[document['outcome']]} boft-export validate: {document['headline']}\n"
-    what = [(name, value) for name in ("merged", "base") if (value := document[name]) is not None]
+    what = [(name, value) for name in ("merged", "onnx", "base") if (value := document[name]) is not None]
     what += [("adapter", name) for name in document["adapters"][:_MOST_ROWS]]
     told = " · ".join(f"{name} {_code(value)}" for name, value in what)
     yield f"\n{told}{' · ' if told else ''}{document['seconds']:.1f} s\n"

@@ -67,7 +67,7 @@ def _whole(suite: ET.Element, seconds: float, **counts: int) -> bytes:
 
 def _properties(suite: ET.Element, document: Mapping[str, Any]) -> None:
     properties = ET.SubElement(suite, "properties")
-    told = {"version": document["tool"]["version"], "base": document["base"], "merged": document["merged"]}
+    told = {"version": document["tool"]["version"], **{name: document[name] for name in ("base", "merged", "onnx")}}
     values = [*told.items(), *(("adapter", name) for name in document["adapters"]), ("outcome", document["outcome"])]
     for name, value in values:
         if value is not None:

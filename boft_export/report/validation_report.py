@@ -27,6 +27,7 @@ def validation_document(validation: Validation, seconds: float) -> dict[str, Any
         "adapters": validation.adapters,
         "base": validation.base,
         "merged": validation.merged,
+        "onnx": validation.onnx,
         "outcome": validation.outcome,
         "headline": _headline(validation),
         "fail_on": sorted(validation.fail_on),

@@ -159,6 +159,7 @@ class Validation:
         tensors: Each tensor of the merged checkpoint that was compared.
         functional: The models' outputs compared; None where they were not.
         fail_on: What fails the whole: ``error`` always, and with it ``warning``, ``inconclusive``.
+        onnx: The name of the folder with ONNX graphs; None where there was none.
     """
 
     adapters: tuple[str, ...]
@@ -169,6 +170,7 @@ class Validation:
     tensors: tuple[TensorFacts, ...] = ()
     functional: FunctionalFacts | None = None
     fail_on: frozenset[str] = frozenset({"error"})
+    onnx: str | None = None
 
     @property
     def failures(self) -> tuple[Check, ...]:

@@ -41,6 +41,7 @@ class Thresholds:
         max_kl: Of KL(reference | merged), in nats.
         min_top1: Share of predictions with the same first choice.
         min_cosine: Of outputs.
+        max_difference: Of an ONNX graph's outputs from the model's, as a share of the largest.
     """
 
     max_residual: float | None = None
@@ -56,6 +57,7 @@ class Thresholds:
     max_kl: float | None = None
     min_top1: float | None = None
     min_cosine: float | None = None
+    max_difference: float | None = None
 
     def changed(self, values: Mapping[str, object]) -> Thresholds:
         """Return the thresholds with some given other values.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from boft_export.checkpoint import Checkpoint
+from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint
 from boft_export.errors import (
     DamagedFileError,
     InputError,
@@ -23,7 +23,7 @@ from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.prepare import fit_memory
-from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_recorded
+from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_manifest
 from boft_export.pipeline.run import COMPUTE_DTYPES
 from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import FoldPlan, SourcedAdapter, make_plan
@@ -58,6 +58,7 @@ def validate(
     *,
     base: Ref | None = None,
     merged: Ref | None = None,
+    onnx: Ref | None = None,
     functional: FunctionalInputs | None = None,
     policy: Policy | None = None,
     device: str = "auto",
@@ -77,6 +78,7 @@ def validate(
         adapters: One adapter or several, in the order in which they were merged; none to judge a merge by its base.
         base: The base checkpoint; None for the one the adapter names, where a merge is to be judged.
         merged: The merged checkpoint.
+        onnx: A folder with ONNX graphs of base and adapters, to be run beside them.
         functional: Run the merged model beside base and adapter, on these inputs.
         policy: Thresholds and what else is asked for.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -92,11 +94,11 @@ def validate(
         ResourceError: If memory does not suffice.
     """
     refs = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    _check_request(refs, base, merged, functional, jobs)
+    _check_request(refs, base, merged, onnx, functional, jobs)
     asked, places = policy or Policy(), sources or Sources()
     means = _Means(device, max_memory, jobs, progress)
     found = _Found()
-    opened, checkpoint = _open(refs, base, merged, places)
+    opened, checkpoint = _open(refs, base, places, needed=merged is not None or onnx is not None)
     readable = _check_adapters(opened, asked, found)
     plan = None
     if checkpoint is not None and opened and readable:
@@ -115,6 +117,8 @@ def validate(
             found.checks += checks
     elif other is not None and not refs and checkpoint is not None:
         _check_by_base(checkpoint, other, asked, means, found)
+    if onnx is not None and checkpoint is not None and (plan is not None or not refs):
+        _check_onnx(checkpoint, opened, Path(onnx), asked, means, found)
     return Validation(
         adapters=tuple(a.name for a in opened),
         base=checkpoint.name if checkpoint is not None else None,
@@ -124,6 +128,7 @@ def validate(
         tensors=tuple(found.tensors),
         functional=found.functional,
         fail_on=asked.fail_on,
+        onnx=Path(onnx).name or str(onnx) if onnx is not None else None,
     )
 
 
@@ -141,14 +146,19 @@ def _check_request(
     refs: Sequence[Ref],
     base: Ref | None,
     merged: Ref | None,
+    onnx: Ref | None,
     functional: FunctionalInputs | None,
     jobs: int | None,
 ) -> None:
-    if not refs and (base is None or merged is None):
+    if not refs and (base is None or (merged is None and onnx is None)):
         raise UsageError(
             "there is nothing to judge: no adapter was given.",
-            hint="Give an adapter, or without one both --base and --merged.",
+            hint="Give an adapter, or without one --base and with it --merged or --onnx.",
         )
+    if merged is not None and onnx is not None:
+        raise UsageError("--merged and --onnx are both given.", hint="Judge one after the other.")
+    if onnx is not None and not Path(onnx).is_dir():
+        raise UsageError(f"{onnx} is no folder.", hint="Give the folder with the graphs as --onnx.")
     if jobs is not None and jobs < 1:
         raise UsageError(f"{jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
     if functional is not None and (merged is None or not refs):
@@ -156,13 +166,13 @@ def _check_request(
 
 
 def _open(
-    refs: Sequence[Ref], base: Ref | None, merged: Ref | None, sources: Sources
+    refs: Sequence[Ref], base: Ref | None, sources: Sources, *, needed: bool
 ) -> tuple[list[SourcedAdapter], Checkpoint | None]:
     """Open what is judged, and what it is judged by."""
     if not refs:
         return [], sources.base(base) if base is not None else None
     opened = [sources.adapter(r) for r in refs]
-    if base is None and merged is None:
+    if base is None and not needed:
         return opened, None
     if base is None and opened[0].adapter.base_model is None:
         raise UsageError(f"{opened[0].name} does not name its base.", hint="Give it with --base.")
@@ -239,16 +249,13 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
         *check_config(plan.base, plan.edits, merged),
         *check_side_files([f.name for f in plan.side_files if f.source is not None], merged),
     ]
-    recorded = _read_manifest(merged, found)
+    recorded = _read_manifest(merged.root, found)
     course, compute, checks = _as_recorded(plan, recorded)
     found.checks += checks
     whole = course.variants[0].strength.is_full
     judged = judged_plan(plan, stored := fitting(plan, stored))
     hashes = InputHashes({f.name: f.path for f in merged.files} if recorded is not None else {})
-    try:
-        devices = resolve_devices(means.device)
-    except ValueError as error:
-        raise UsageError(f"{error}.") from error
+    devices = _devices(means)
     options = RunOptions(max_memory=means.max_memory, jobs=means.jobs)
     ready = fit_memory(judged, course, "", options, devices[0].type, beside=_COMPARED)
     engine = Engine(devices, compute, ready.jobs, ready.memory)
@@ -266,9 +273,9 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
     return whole
 
 
-def _read_manifest(merged: Checkpoint, found: _Found) -> Recorded | None:
+def _read_manifest(folder: Path, found: _Found) -> Recorded | None:
     try:
-        return read_recorded(merged)
+        return read_manifest(folder)
     except InputError as error:
         found.checks.append(
             Check("manifest", MANIFEST_NAME, Outcome.FAIL, error.message, finding="damaged-manifest", hint=error.hint)
@@ -278,7 +285,7 @@ def _read_manifest(merged: Checkpoint, found: _Found) -> Recorded | None:
 
 def _check_by_base(base: Checkpoint, merged: Checkpoint, policy: Policy, means: _Means, found: _Found) -> None:
     """Judge a merged checkpoint by its base alone."""
-    recorded = _read_manifest(merged, found)
+    recorded = _read_manifest(merged.root, found)
     try:
         checks, tensors = check_without_adapter(
             base, merged, policy, max_memory=means.max_memory, jobs=means.jobs, progress=means.progress
@@ -296,13 +303,44 @@ def _check_by_base(base: Checkpoint, merged: Checkpoint, policy: Policy, means: 
     found.tensors += tensors
 
 
-def _as_recorded(plan: FoldPlan, recorded: Recorded | None) -> tuple[Course, torch.dtype, list[Check]]:
+def _check_onnx(
+    base: Checkpoint, opened: Sequence[SourcedAdapter], folder: Path, policy: Policy, means: _Means, found: _Found
+) -> None:
+    """Judge a folder's graphs by base and adapters."""
+    try:
+        from boft_export.validation.onnx_checks import check_graphs
+    except ImportError as error:
+        raise UsageError(
+            f"graphs can't be judged without ONNX's libraries: {error}.", hint='pip install "boft-export[onnx]"'
+        ) from error
+    recorded = _read_manifest(folder, found)
+    name = recorded.dtype if recorded is not None else "float32"
+    plan = make_plan(base, opened, dtype=DTYPE_OF_NAME.get(name))
+    course, compute, checks = _as_recorded(plan, recorded, ("onnx",))
+    found.checks += checks
+    devices = _devices(means)
+    options = RunOptions(max_memory=means.max_memory, jobs=means.jobs)
+    ready = fit_memory(plan, course, "", options, devices[0].type)
+    engine = Engine(devices, compute, ready.jobs, ready.memory)
+    found.checks += check_graphs(plan, folder, recorded, course, engine, policy.thresholds, means.device)
+
+
+def _devices(means: _Means) -> tuple[torch.device, ...]:
+    try:
+        return resolve_devices(means.device)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
+
+
+def _as_recorded(
+    plan: FoldPlan, recorded: Recorded | None, commands: tuple[str, ...] = ("merge", "interpolate")
+) -> tuple[Course, torch.dtype, list[Check]]:
     """Return how far the merge went, and in which arithmetic, by its manifest; all the way in float64 without one."""
     everything = Interpolation()
     if recorded is None:
         return everything.course(plan), torch.float64, []
-    if recorded.command not in ("merge", "interpolate") or recorded.compute_dtype not in COMPUTE_DTYPES:
-        message = f"it was written by {recorded.command} in {recorded.compute_dtype}, not by a merge"
+    if recorded.command not in commands or recorded.compute_dtype not in COMPUTE_DTYPES:
+        message = f"it was written by {recorded.command} in {recorded.compute_dtype}, not by {' or '.join(commands)}"
         check = Check("manifest", MANIFEST_NAME, Outcome.FAIL, message, finding="no-merge")
         return everything.course(plan), torch.float64, [check]
     compute = COMPUTE_DTYPES[recorded.compute_dtype]

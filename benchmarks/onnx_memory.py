@@ -1,0 +1,229 @@
+"""Memory and time of an export to ONNX, phase by phase, by the model's size.
+
+A causal model with random float32 weights, and an adapter of two factors on queries and values, are exported in a
+process of their own, whose anonymous memory (RssAnon: what has no file behind it) is read every few milliseconds. What
+tracing takes without any weight is the measure for all other phases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, PAIRS = 1024, 2816, 32000, 16, 4
+_LINEAR = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN // HEADS * PAIRS, HIDDEN),
+    "self_attn.v_proj": (HIDDEN // HEADS * PAIRS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+_LAYER = sum(out * n for out, n in _LINEAR.values()) + 2 * HIDDEN
+_PHASES = {"build_skeleton": "build", "trace": "trace", "write_weights": "write", "verify": "verify"}
+_REST = "rest"
+_INTERVAL = 0.005
+
+
+def write_base(folder: Path, gigabytes: float, *, tied: bool) -> int:
+    """Write a checkpoint of about a size, a file for each two layers; return the number of layers."""
+    folder.mkdir(parents=True)
+    ends = VOCABULARY * HIDDEN * (1 if tied else 2)
+    layers = max(1, round((gigabytes * 1e9 / 4 - ends) / _LAYER))
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(out: int, n: int) -> torch.Tensor:
+        return torch.randn(out, n, generator=generator) * 0.02
+
+    weight_map: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    save({"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)})
+    if not tied:
+        save({"lm_head.weight": weight(VOCABULARY, HIDDEN)})
+    for first in range(0, layers, 2):
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in range(first, min(first + 2, layers)):
+            prefix = f"model.layers.{layer}"
+            tensors |= {f"{prefix}.{name}.weight": weight(*shape) for name, shape in _LINEAR.items()}
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN)
+        save(tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": PAIRS,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return layers
+
+
+def write_adapter(folder: Path, layers: int) -> None:
+    """Write a PEFT BOFT adapter of two factors for queries and values."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer in range(layers):
+        for name in ("self_attn.q_proj", "self_attn.v_proj"):
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.boft_R"] = torch.randn(2, HIDDEN // 8, 8, 8, generator=generator) * 0.1
+            tensors[f"{prefix}.boft_s"] = 1 + torch.randn(_LINEAR[name][0], 1, generator=generator) * 0.05
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "BOFT", "peft_version": "0.21.2", "exclude_modules": None, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@dataclass
+class Phase:
+    """What one phase took."""
+
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+
+@dataclass
+class Run:
+    """One export: the checkpoint, and what each phase took."""
+
+    gigabytes: float
+    tied: bool
+    seconds: float = 0.0
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    @property
+    def peak_mb(self) -> float:
+        """The largest anonymous memory of all phases."""
+        return max(p.peak_mb for p in self.phases.values())
+
+    @property
+    def above_tracing_mb(self) -> float:
+        """By how much that is more than tracing without weights."""
+        return self.peak_mb - self.phases["trace"].peak_mb
+
+
+def export(base: str, adapter: str, output: str, options: list[str]) -> None:
+    """Run ``boft-export onnx`` in this process, and say on stderr which phase is begun."""
+    from boft_export.cli.main import app
+    from boft_export.onnx import export as flow
+
+    def told(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(call)
+        def telling(*args: object, **kwargs: object) -> object:
+            print(f"phase {name}", file=sys.stderr, flush=True)
+            result = call(*args, **kwargs)
+            print(f"phase {_REST}", file=sys.stderr, flush=True)
+            return result
+
+        return telling
+
+    for function, name in _PHASES.items():
+        setattr(flow, function, told(name, getattr(flow, function)))
+    sys.argv = ["boft-export", "onnx", base, adapter, "-o", output, "--no-progress", *options]
+    app()
+
+
+def anonymous_mb(pid: int) -> float:
+    """Return a process's anonymous memory; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+
+
+def measure(work: Path, gigabytes: float, *, tied: bool, options: list[str]) -> Run:
+    """Export a folder's base and adapter, and return what each phase took.
+
+    Raises:
+        CalledProcessError: If the export fails.
+    """
+    run = Run(gigabytes, tied)
+    command = [sys.executable, __file__, "--export", *(str(work / n) for n in ("base", "adapter", "onnx")), "--"]
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=writing)
+    os.close(writing)
+    errors = os.fdopen(reading)
+    current, begun, said = _REST, time.monotonic(), []
+    started = begun
+    while True:
+        ended = process.poll() is not None
+        now, held = time.monotonic(), anonymous_mb(process.pid)
+        run.phases.setdefault(current, Phase())
+        run.phases[current].peak_mb = max(run.phases[current].peak_mb, held)
+        for line in errors.readlines():
+            said.append(line)
+            if line.startswith("phase "):
+                run.phases[current].seconds += now - begun
+                current, begun = line.split()[1], now
+                run.phases.setdefault(current, Phase())
+        if ended:
+            break
+        time.sleep(_INTERVAL)
+    run.phases[current].seconds += time.monotonic() - begun
+    run.seconds = time.monotonic() - started
+    if process.returncode:
+        print("".join(said), file=sys.stderr)
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return run
+
+
+def main() -> None:
+    """Measure each size and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.2, 2.5])
+    parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("options", nargs="*", help="further options of boft-export onnx, after --")
+    args = parser.parse_args()
+    if args.export:
+        base, adapter, output = args.export
+        export(base, adapter, output, args.options)
+        return
+    runs: list[Run] = []
+    print(f"{'GB':>5} {'phase':>8} {'seconds':>8} {'peak MB':>8}")
+    for size in args.gigabytes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            work = Path(name)
+            write_adapter(work / "adapter", write_base(work / "base", size, tied=args.tied))
+            actual = sum(f.stat().st_size for f in (work / "base").iterdir()) / 1e9
+            runs.append(run := measure(work, actual, tied=args.tied, options=args.options))
+            shutil.rmtree(work / "onnx")
+        for phase, took in run.phases.items():
+            print(f"{actual:5.2f} {phase:>8} {took.seconds:8.1f} {took.peak_mb:8.0f}", flush=True)
+        print(f"{actual:5.2f} {'all':>8} {run.seconds:8.1f} {run.peak_mb:8.0f}  {run.above_tracing_mb:+.0f} of tracing")
+    if args.json:
+        figures = [{**asdict(r), "peak_mb": r.peak_mb, "above_tracing_mb": r.above_tracing_mb} for r in runs]
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
