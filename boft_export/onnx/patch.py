@@ -37,6 +37,8 @@ from boft_export.planning.renames import names_in_memory
 from boft_export.planning.strength import Course
 
 _ALONE = "model.onnx"
+# What onnxruntime-genai needs to run a graph.
+_BESIDE = ("genai_config.json",)
 _TASK = f"{OWN_PREFIX}task"
 _FRESH = "Export the tuned model without --base-onnx."
 # The record of ModelProto that holds a piece of metadata, with its length to follow.
@@ -87,9 +89,10 @@ class BaseGraphs:
 
     @cached_property
     def outputs(self) -> dict[Path, str]:
-        """The name in the output of each file, graph or data."""
+        """The name in the output of each file: graphs, data, and what runs them."""
         data = {path: str(PurePosixPath(n)) for f in self.files.values() for n, path in f.locations.items()}
-        return {f.path: name for name, f in self.files.items()} | data
+        beside = {path: path.name for name in _BESIDE if (path := self.folder / name).is_file()}
+        return {f.path: name for name, f in self.files.items()} | data | beside
 
     def state(self) -> dict[Path, tuple[int, int]]:
         """Return what shows whether a file changes meanwhile."""
