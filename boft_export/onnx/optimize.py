@@ -59,12 +59,35 @@ def optimize(model: ir.Model, level: Optimize) -> Optimized:
     optimize_ir(model)
     if any(onnx_fusions.fuse(model).values()):
         optimize_ir(model, num_iterations=1)
+        _rotate_each_row(model)
     weights = _store_transposed(model)
     if level is Optimize.STANDARD:
         return Optimized(weights)
     # After the weights were turned, as it would make an operator of its own of each product with a transposed one.
     _, fused = optimize_for_ort(model)
     return Optimized({name: weights[name] for name in _without_value(model)}, fused)
+
+
+def _rotate_each_row(model: ir.Model) -> None:
+    """Repeat a rotation that is one for the whole batch: the operator wants one for each row, and a fusion leaves it."""
+    made: dict[ir.Value, ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or node.domain != "":
+            continue
+        rows, *rotations = node.inputs
+        if len(rotations) != 2:
+            # They are told by positions, which are there for each row.
+            continue
+        for i, value in enumerate(rotations, start=1):
+            if value is None or (value.shape is not None and value.shape[0] != 1):
+                continue
+            if value not in made:
+                tape = ir.tape.Tape()
+                batch = tape.op("Shape", [rows], attributes={"start": 0, "end": 1})
+                ones = tape.op("Constant", [], attributes={"value_ints": [1, 1]})
+                made[value] = tape.op("Expand", [value, tape.op("Concat", [batch, ones], attributes={"axis": 0})])
+                model.graph.insert_before(node, tape.nodes)
+            node.replace_input_with(i, made[value])
 
 
 def _without_value(model: ir.Model) -> list[str]:

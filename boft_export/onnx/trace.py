@@ -100,7 +100,7 @@ def _dynamic_axes(graph: Graph) -> dict[str, dict[int, Any]]:
     shares may well be the sum of others, which a symbol of its own could not be.
     """
     counts = Counter(name for own in graph.axes.values() for name in own.values())
-    shared = {name: torch.export.Dim(name) for name, count in counts.items() if count > 1}
+    shared = {name: torch.export.Dim(name, max=graph.most.get(name)) for name, count in counts.items() if count > 1}
     free = torch.export.Dim.DYNAMIC
     return {n: {i: shared.get(name, free) for i, name in graph.axes.get(n, {}).items()} for n in graph.sample}
 

@@ -20,12 +20,14 @@ from boft_export.onnx.tasks.encoder import (
 from boft_export.onnx.tasks.generic import GENERIC, generic_task
 from boft_export.onnx.tasks.inputs import taken
 from boft_export.onnx.tasks.pooling import SENTENCE_SIMILARITY
+from boft_export.onnx.tasks.seq2seq import TEXT_TO_TEXT
 from boft_export.onnx.tasks.task import Compared, Graph, RunGraph, Task, Tensors
 from boft_export.onnx.tasks.vision import IMAGE_CLASSIFICATION, IMAGE_FEATURES
 
 # The first whose classes end as a config's does is meant: FEATURE_EXTRACTION's end as some others' do.
 TASKS = (
     TEXT_GENERATION,
+    TEXT_TO_TEXT,
     FILL_MASK,
     TEXT_CLASSIFICATION,
     TOKEN_CLASSIFICATION,

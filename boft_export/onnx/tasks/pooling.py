@@ -50,7 +50,7 @@ _POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": lambda tokens, mask: _at(tokens, (_positions(mask) * mask).amax(1)),
 }
 # Before its release 6, sentence-transformers had a switch for each.
-_SWITCHES = {
+SWITCHES = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
     "mean": "pooling_mode_mean_tokens",
@@ -75,12 +75,15 @@ class Pooling:
     def __call__(self, model: Any, inputs: Tensors) -> Tensors:  # noqa: ANN401  # transformers is untyped here
         """Run a model and pool what comes out."""
         tokens = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"]
+        return {"token_embeddings": tokens, "sentence_embedding": self.pool(tokens, inputs["attention_mask"])}
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return the embeddings of rows of tokens, of which those count that the mask has a 1 for."""
         # In float16, a sum would lose what a mean has.
         embedding = torch.cat([_POOLINGS[m](tokens.float(), mask) for m in self.modes], dim=-1)
         if self.normalize:
             embedding = torch.nn.functional.normalize(embedding, dim=-1)
-        return {"token_embeddings": tokens, "sentence_embedding": embedding.to(tokens.dtype)}
+        return embedding.to(tokens.dtype)
 
 
 def read_pooling(folder: Path) -> Pooling:
@@ -105,7 +108,7 @@ def read_pooling(folder: Path) -> Pooling:
 
 def _modes(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     named = config.get("pooling_mode")
-    modes = [named] if isinstance(named, str) else list(named or [m for m, key in _SWITCHES.items() if config.get(key)])
+    modes = [named] if isinstance(named, str) else list(named or [m for m, key in SWITCHES.items() if config.get(key)])
     unknown = [str(m) for m in modes if m not in _POOLINGS]
     if unknown:
         raise InputError(f"{path} names the pooling {', '.join(unknown)}, expected one of {', '.join(_POOLINGS)}.")

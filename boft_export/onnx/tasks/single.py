@@ -22,7 +22,7 @@ FindAxes = Callable[[Any, Tensors], Mapping[str, Axes]]
 
 
 def single_graph(
-    make: MakeInputs, run_model: RunModel, find_axes: FindAxes = axes
+    make: MakeInputs, run_model: RunModel, find_axes: FindAxes = axes, most: Mapping[str, int] | None = None
 ) -> tuple[Callable[[nn.Module], Sequence[Graph]], Callable[[Any, RunGraph, int], Iterator[Compared]]]:
     """Return what makes the graph of a task, and what compares it with the model."""
 
@@ -38,7 +38,7 @@ def single_graph(
             found = run_model(module, inputs)
             return [found[n] for n in outputs]
 
-        return [Graph("model", sample, find_axes(model, sample), outputs, forward)]
+        return [Graph("model", sample, find_axes(model, sample), outputs, forward, most or {})]
 
     def compare(model: Any, run: RunGraph, seed: int) -> Iterator[Compared]:  # noqa: ANN401  # transformers is untyped
         generator = torch.Generator().manual_seed(seed)

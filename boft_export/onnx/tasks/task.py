@@ -29,6 +29,8 @@ class Graph:
         outputs: Names of the outputs, in order.
         forward: Runs the model on named inputs and returns the outputs in order. Only called, never traced through
             anything but tensors.
+        most: The largest size to trace an axis for, by its name, where the model looks at that to go another way to the
+            same results. The graph takes larger ones.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Graph:
     axes: Mapping[str, Axes]
     outputs: tuple[str, ...]
     forward: Callable[[nn.Module, Tensors], Sequence[Tensor]]
+    most: Mapping[str, int] = field(default_factory=dict)
 
 
 # Runs the graph of a name on named inputs and returns its named outputs.
