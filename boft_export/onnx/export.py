@@ -2,65 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging, free_bytes
-from boft_export.errors import DamagedFileError, InputError, Level, Notice, ResourceError, UsageError, raise_for_errors
+from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging
+from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
-from boft_export.onnx.exporters import EXPORTERS, ForeignExporter
-from boft_export.onnx.external_data import DataFile, Layout, Placed
+from boft_export.onnx.drawing import Job, draw, phases
+from boft_export.onnx.exporters import EXPORTERS
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.foreign import verify_patched
-from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
-from boft_export.onnx.patch import BaseGraphs, Rewriting, absent_notices, find_places, open_graphs, patched_plan
-from boft_export.onnx.quantize import quantize_graphs
+from boft_export.onnx.options import ExportOptions
+from boft_export.onnx.patch import BaseGraphs, absent_notices, find_places, open_graphs
 from boft_export.onnx.session import check_runs
-from boft_export.onnx.skeleton import Skeleton, build_skeleton
+from boft_export.onnx.skeleton import build_skeleton, graph_dtype, plan_config
 from boft_export.onnx.tasks import Task, find_task
-from boft_export.onnx.trace import Traced, trace
-from boft_export.onnx.variant import Exporter, Optimize, Quantize, Variant, variant
+from boft_export.onnx.variant import Exporter, Optimize, Quantize, variant
 from boft_export.onnx.verify import Agreement, verify
-from boft_export.onnx.weights import used_plan, write_weights
-from boft_export.pipeline.engine import Engine, OutputResult
+from boft_export.pipeline.engine import Engine
 from boft_export.pipeline.hashing import file_digest
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import manifest
 from boft_export.pipeline.model_card import card_metadata
-from boft_export.pipeline.options import Progress, RunOptions
+from boft_export.pipeline.options import Progress
 from boft_export.pipeline.prepare import Prepared, check_options, fit_memory, keep_off_inputs, prepare
 from boft_export.pipeline.recorded import RecordedFile
-from boft_export.pipeline.run import COMPUTE_DTYPES, Verb, carry_out, check_effect, devices_for
-from boft_export.pipeline.torch_io import TORCH_DTYPES
-from boft_export.planning import Action, FoldPlan, TensorPlan, make_plan
+from boft_export.pipeline.run import COMPUTE_DTYPES, check_effect, devices_for
+from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.alphas import Alpha, AlphaMap
-from boft_export.planning.config_edits import apply_edits
 from boft_export.planning.inputs import Ref, Sources
-from boft_export.planning.strength import Course, Interpolation, interpolation
-
-
-@dataclass(frozen=True)
-class ExportOptions(RunOptions):
-    """How an export is done.
-
-    Attributes:
-        task: What the model is exported for; None for what its config says.
-        variant: How graphs are made.
-        base_onnx: A graph of the base, or a folder of them, to fold into; None to trace one.
-    """
-
-    task: str | None = None
-    variant: Variant = field(default_factory=Variant)
-    base_onnx: Ref | None = None
+from boft_export.planning.strength import Interpolation, interpolation
 
 
 @dataclass(frozen=True)
@@ -198,9 +176,9 @@ def plan_export(
         asked = _as_in(graphs, asked, output)
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
-        task = find_task(_config(ready.plan), asked.task, ready.plan.base.root)
+        task = find_task(plan_config(ready.plan), asked.task, ready.plan.base.root)
         if graphs is None:
-            build_skeleton(ready.plan, task, _graph_dtype(ready.plan))
+            build_skeleton(ready.plan, task, graph_dtype(ready.plan))
         else:
             notices = absent_notices(find_places(graphs, ready.plan))
             ready = replace(ready, plan=replace(ready.plan, notices=(*notices, *ready.plan.notices)))
@@ -279,7 +257,7 @@ def _carry_out(
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
     plan = replace(ready.plan, notices=(*(n for notices, _ in values for n in notices), *ready.plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be folded into this model")
-    task = find_task(_config(plan), options.task, plan.base.root)
+    task = find_task(plan_config(plan), options.task, plan.base.root)
     plan = replace(plan, notices=(*task.notices, *plan.notices))
     settings: dict[str, Any] = {
         "dtype": options.dtype or "keep",
@@ -297,8 +275,8 @@ def _carry_out(
         folder = staging.files / plan.base.folder
         folder.mkdir(parents=True, exist_ok=True)
         engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
-        job = _Job(ready.course, engine, folder, staging, options)
-        drawn = _draw(plan, task, base, job)
+        job = Job(ready.course, engine, folder, staging, options)
+        drawn = draw(plan, task, base, job)
         plan, written, inputs = drawn.plan, drawn.written, drawn.inputs
         if plan.fingerprint(settings) != fingerprint:
             raise DamagedFileError(
@@ -307,8 +285,8 @@ def _carry_out(
         lost = check_effect(None, written, untrained)
         plan = replace(plan, notices=(*plan.notices, *lost))
         # On the CPU, unless a GPU was asked for or nothing else could run it.
-        place = "cuda" if options.device.startswith("cuda") or _graph_dtype(plan) is torch.bfloat16 else "cpu"
-        _phases(options.progress)("verifying")
+        place = "cuda" if options.device.startswith("cuda") or graph_dtype(plan) is torch.bfloat16 else "cpu"
+        phases(options.progress)("verifying")
         check = verify if base is None else partial(verify_patched, base)
         verified = check(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
@@ -330,183 +308,5 @@ def _carry_out(
     return ExportResult(ready.output, plan, task.name, drawn.graphs, verified.agreements, made)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What making graphs takes."""
-
-    course: Course
-    engine: Engine
-    folder: Path
-    staging: Staging
-    options: ExportOptions
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Graphs with their weights, on disk.
-
-    Attributes:
-        plan: What was planned, with what was noticed on the way.
-        written: What was done to each weight.
-        inputs: SHA-256 of the input files.
-        graphs: Each graph's file below the output, with its number of nodes.
-    """
-
-    plan: FoldPlan
-    written: OutputResult
-    inputs: dict[str, str]
-    graphs: dict[str, int]
-
-
-def _draw(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: _Job) -> _Drawn:
-    """Make the graphs that are asked for."""
-    variant = job.options.variant
-    if base is not None:
-        drawn = _patch(plan, task, base, job)
-    elif variant.exporter in EXPORTERS:
-        drawn = _by_another(plan, task, EXPORTERS[variant.exporter], job)
-    else:
-        drawn = _trace(plan, task, job)
-    if variant.quantize is Quantize.NONE or variant.exporter is Exporter.GENAI:
-        return drawn
-    _phases(job.options.progress)(f"quantising to {variant.quantize}")
-    return replace(drawn, graphs=_below(plan, quantize_graphs(job.folder, variant.quantize, job.staging.root)))
-
-
-def _below(plan: FoldPlan, graphs: Mapping[str, int]) -> dict[str, int]:
-    return {str(plan.base.folder / name): nodes for name, nodes in graphs.items()}
-
-
-def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: _Job) -> _Drawn:
-    """Merge into a checkpoint that another exporter loads, and take over the graphs that it makes."""
-    _check_disk(3 * sum(s.nbytes for s in plan.shards), plan, job.staging)
-    ready = Prepared(plan, job.course, job.staging.root / "merged", job.engine.memory, job.engine.jobs)
-    merged = carry_out(Verb("merge", lambda _: {}, check_effect), ready, job.options, job.engine.devices)
-    (made,) = merged.manifests
-    inputs = {f"base/{n}": h for n, h in made["base"]["sha256"].items()}
-    inputs |= {f"adapter-{i}/{n}": h for i, a in enumerate(made["adapters"]) for n, h in a["sha256"].items()}
-    metadata = graph_metadata(plan, inputs, task.name)
-    _phases(job.options.progress)(f"exporting with {exporter.package}")
-    graphs = exporter.export(merged.output / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
-    shutil.rmtree(merged.output)
-    return _Drawn(plan, merged.outputs[0], inputs, _below(plan, graphs))
-
-
-def _trace(plan: FoldPlan, task: Task, job: _Job) -> _Drawn:
-    """Trace a model's graphs, and fold its weights into the data file beside them."""
-    phase = _phases(job.options.progress)
-    phase("building the model")
-    skeleton = build_skeleton(plan, task, _graph_dtype(plan))
-    traced = {}
-    for graph in task.graphs(skeleton.model):
-        phase(f"tracing {graph.name}")
-        traced[graph.name] = trace(skeleton, graph, job.options.variant)
-    used = _used(traced, skeleton)
-    said = [n for g in traced.values() for n in g.notices]
-    plan = replace(plan, notices=(*_left_out(plan, used), *said, *plan.notices))
-    places, weights, layout = _lay_out(traced, skeleton)
-    _check_disk(layout.nbytes, plan, job.staging)
-    with DataFile(job.folder / DATA_NAME, layout.nbytes) as file:
-        written, inputs = write_weights(
-            file, places, used_plan(plan, used), job.course, job.engine, job.options.progress
-        )
-    graphs = {}
-    for name, found in traced.items():
-        file_name = f"{name}.onnx"
-        save_graph(found.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
-        graphs[str(plan.base.folder / file_name)] = found.model.graph.num_nodes()
-    return _Drawn(plan, written, inputs, graphs)
-
-
-def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: _Job) -> _Drawn:
-    """Fold adapters into graphs of the base."""
-    matches = find_places(base, plan)
-    plan = replace(plan, notices=(*absent_notices(matches), *plan.notices))
-    rewriting = Rewriting(base, matches, plan, task)
-    _check_disk(rewriting.nbytes, plan, job.staging)
-    folded = patched_plan(plan, matches)
-    written, inputs = rewriting.write(job.folder, folded, job.course, job.engine, job.options.progress)
-    graphs = {str(plan.base.folder / name): file.nodes for name, file in base.files.items()}
-    return _Drawn(plan, written, inputs, graphs)
-
-
-def _phases(progress: Progress | None) -> Callable[[str], None]:
-    """Return what tells of work that can't be counted."""
-    return (lambda name: progress(0, 0, name)) if progress is not None else lambda _: None
-
-
-def _config(plan: FoldPlan) -> dict[str, Any]:
-    """Return the config of the plan's output."""
-    text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
-    return json.loads(text or "{}")  # type: ignore[no-any-return]  # it was parsed as an object before
-
-
-def _graph_dtype(plan: FoldPlan) -> torch.dtype:
-    """Return the dtype of most weights: that of the graph."""
-    sizes: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if tensor.dtype in TORCH_DTYPES:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.source.num_elements
-    return TORCH_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
-
-
 def _kind(plan: FoldPlan) -> str:
-    return str(_graph_dtype(plan)).removeprefix("torch.")
-
-
-def _used(traced: Mapping[str, Traced], skeleton: Skeleton) -> dict[str, TensorPlan]:
-    """Return the plan's tensors that the graphs use, by name."""
-    names = dict.fromkeys(w.name for g in traced.values() for w in g.weights.values())
-    skeleton.check_found(names)
-    return {t.name: t for t in (skeleton.sources[n] for n in names)}
-
-
-def _left_out(plan: FoldPlan, used: Mapping[str, TensorPlan]) -> list[Notice]:
-    """Return notices of what adapters change and the graphs don't have.
-
-    Raises:
-        InputError: If the graphs have nothing of what they change.
-    """
-    changed = [t.name for t in plan.tensors if t.action not in (Action.COPY, Action.CONVERT)]
-    missing = [name for name in changed if name not in used]
-    if not missing:
-        return []
-    message = f"{len(missing)} of {len(changed)} tensors that the adapters change are not used for this task"
-    notice = Notice(Level.WARNING, "not-in-graph", missing[0], message, "Name another task with --task.")
-    if len(missing) == len(changed):
-        raise InputError(f"{notice}.", hint=notice.hint)
-    return [notice]
-
-
-def _lay_out(
-    traced: Mapping[str, Traced], skeleton: Skeleton
-) -> tuple[dict[str, list[Placed]], dict[str, dict[str, Placed]], Layout]:
-    """Give each weight a place, one for all graphs and names that share it.
-
-    Returns:
-        The places by the plan's tensor, and for each graph by its initializer, and the layout.
-    """
-    layout = Layout()
-    places: dict[str, list[Placed]] = {}
-    made: dict[tuple[str, bool], Placed] = {}
-    graphs: dict[str, dict[str, Placed]] = {}
-    for name, graph in traced.items():
-        graphs[name] = {}
-        for initializer, weight in graph.weights.items():
-            source = skeleton.sources[weight.name]
-            key = source.name, weight.transposed
-            if key not in made:
-                made[key] = layout.add(source.dtype, source.shape, transposed=weight.transposed)
-                places.setdefault(source.name, []).append(made[key])
-            graphs[name][initializer] = made[key]
-    return places, graphs, layout
-
-
-def _check_disk(nbytes: int, plan: FoldPlan, staging: Staging) -> None:
-    needed = nbytes + sum(f.source.stat().st_size for f in plan.side_files if f.source is not None)
-    free = free_bytes(staging.root)
-    if needed > free:
-        raise ResourceError(
-            f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
-            hint="Free some space, or choose another -o.",
-        )
+    return str(graph_dtype(plan)).removeprefix("torch.")

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from boft_export.errors import InputError
 from boft_export.models.loading import CannotTellError, model_errors, read_whole
 from boft_export.onnx.tasks import Task
+from boft_export.pipeline.torch_io import TORCH_DTYPES
 from boft_export.planning import FoldPlan
 from boft_export.planning.config_edits import apply_edits
 from boft_export.planning.model import TensorPlan
@@ -78,7 +79,7 @@ def build_skeleton(plan: FoldPlan, task: Task, dtype: torch.dtype) -> Skeleton:
 
 def _build(plan: FoldPlan, task: Task, dtype: torch.dtype) -> nn.Module:
     if task.build is not None:
-        return task.build(json.loads(_config_text(plan)), dtype)
+        return task.build(plan_config(plan), dtype)
     config = _read_config(plan)
     attention = task.attention.get(config.model_type)
     chosen = {"attn_implementation": attention} if attention else {}
@@ -197,3 +198,18 @@ def _stand_in(tensor: Tensor, source: TensorPlan | None, mode: FakeTensorMode) -
     with mode:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
         return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def plan_config(plan: FoldPlan) -> dict[str, Any]:
+    """Return the config of the plan's output."""
+    text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
+    return json.loads(text or "{}")  # type: ignore[no-any-return]  # it was parsed as an object before
+
+
+def graph_dtype(plan: FoldPlan) -> torch.dtype:
+    """Return the dtype of most weights: that of the graph."""
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype in TORCH_DTYPES:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.source.num_elements
+    return TORCH_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
