@@ -23,27 +23,34 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, PAIRS = 1024, 2816, 32000, 16, 4
-_LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // HEADS * PAIRS, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // HEADS * PAIRS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-_LAYER = sum(out * n for out, n in _LINEAR.values()) + 2 * HIDDEN
+VOCABULARY, HEADS, PAIRS = 32000, 16, 4
+# Models of more bytes than this are wider, as they are in practice, and not only deeper.
+_WIDE = 2e9
 _PHASES = {"build_skeleton": "build", "trace": "trace", "write_weights": "write", "verify": "verify"}
 _REST = "rest"
 _INTERVAL = 0.005
 
 
-def write_base(folder: Path, gigabytes: float, *, tied: bool) -> int:
+def linear(hidden: int) -> dict[str, tuple[int, int]]:
+    """Return outputs and inputs of a decoder layer's linear layers."""
+    inner, pairs = hidden * 11 // 4, hidden // HEADS * PAIRS
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (pairs, hidden),
+        "self_attn.v_proj": (pairs, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def write_base(folder: Path, gigabytes: float, hidden: int, *, tied: bool) -> int:
     """Write a checkpoint of about a size, a file for each two layers; return the number of layers."""
     folder.mkdir(parents=True)
-    ends = VOCABULARY * HIDDEN * (1 if tied else 2)
-    layers = max(1, round((gigabytes * 1e9 / 4 - ends) / _LAYER))
+    shapes = linear(hidden)
+    ends = VOCABULARY * hidden * (1 if tied else 2)
+    layers = max(1, round((gigabytes * 1e9 / 4 - ends) / sum(out * n for out, n in shapes.values())))
     generator = torch.Generator().manual_seed(0)
 
     def weight(out: int, n: int) -> torch.Tensor:
@@ -56,23 +63,23 @@ def write_base(folder: Path, gigabytes: float, *, tied: bool) -> int:
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
-    save({"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)})
+    save({"model.embed_tokens.weight": weight(VOCABULARY, hidden), "model.norm.weight": torch.ones(hidden)})
     if not tied:
-        save({"lm_head.weight": weight(VOCABULARY, HIDDEN)})
+        save({"lm_head.weight": weight(VOCABULARY, hidden)})
     for first in range(0, layers, 2):
         tensors: dict[str, torch.Tensor] = {}
         for layer in range(first, min(first + 2, layers)):
             prefix = f"model.layers.{layer}"
-            tensors |= {f"{prefix}.{name}.weight": weight(*shape) for name, shape in _LINEAR.items()}
+            tensors |= {f"{prefix}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
             for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN)
+                tensors[f"{prefix}.{name}.weight"] = torch.ones(hidden)
         save(tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": PAIRS,
@@ -84,7 +91,7 @@ def write_base(folder: Path, gigabytes: float, *, tied: bool) -> int:
     return layers
 
 
-def write_adapter(folder: Path, layers: int) -> None:
+def write_adapter(folder: Path, layers: int, hidden: int) -> None:
     """Write a PEFT BOFT adapter of two factors for queries and values."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
@@ -92,8 +99,8 @@ def write_adapter(folder: Path, layers: int) -> None:
     for layer in range(layers):
         for name in ("self_attn.q_proj", "self_attn.v_proj"):
             prefix = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{prefix}.boft_R"] = torch.randn(2, HIDDEN // 8, 8, 8, generator=generator) * 0.1
-            tensors[f"{prefix}.boft_s"] = 1 + torch.randn(_LINEAR[name][0], 1, generator=generator) * 0.05
+            tensors[f"{prefix}.boft_R"] = torch.randn(2, hidden // 8, 8, 8, generator=generator) * 0.1
+            tensors[f"{prefix}.boft_s"] = 1 + torch.randn(linear(hidden)[name][0], 1, generator=generator) * 0.05
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "BOFT", "peft_version": "0.21.2", "exclude_modules": None, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -213,7 +220,9 @@ def main() -> None:
     for size in args.gigabytes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             work = Path(name)
-            write_adapter(work / "adapter", write_base(work / "base", size, tied=args.tied))
+            hidden = 2048 if size * 1e9 > _WIDE else 1024
+            layers = write_base(work / "base", size, hidden, tied=args.tied)
+            write_adapter(work / "adapter", layers, hidden)
             actual = sum(f.stat().st_size for f in (work / "base").iterdir()) / 1e9
             runs.append(run := measure(work, actual, tied=args.tied, options=args.options))
             shutil.rmtree(work / "onnx")

@@ -231,6 +231,29 @@ def test_a_base_in_bfloat16_is_proven_in_float32(bert: tuple[Path, Path], tmp_pa
     assert result.agreements[0].relative_difference < 1e-5
 
 
+def test_what_neither_peft_nor_hooks_apply_is_proven_by_folding_it_again(
+    bert: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two adapters of PEFT's OFT whose blocks differ: PEFT wants them alike, and the hooks know no OFT."""
+    base, _ = bert
+    config = {"peft_type": "OFT", "r": 0, "coft": False, "eps": 6e-5, "block_share": False, "use_cayley_neumann": False}
+    adapters = []
+    for size in (4, 8):
+        skew = torch.randn(32 // size, size * (size - 1) // 2, generator=torch.Generator().manual_seed(size)) * 0.3
+        tensors = {f"base_model.model.{QUERY}.oft_R.weight": skew}
+        adapters.append(write_adapter(tmp_path / f"oft-{size}", tensors, {**config, "oft_block_size": size}))
+    assert export_onnx(base, adapters, tmp_path / "out").agreements[0].reference == "folded weights"
+
+
+def test_a_layer_that_the_task_does_not_run_is_no_failure(bert: tuple[Path, Path], tmp_path: Path) -> None:
+    """The pooler makes what feature extraction doesn't give."""
+    base, _ = bert
+    tensors = {**boft_tensors(QUERY, 32, 32), **boft_tensors("pooler.dense", 32, 32)}
+    result = export_onnx(base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
+    assert result.agreements[0].reference == "hooks"
+    assert "not-in-graph" in {n.code for n in result.plan.notices}
+
+
 def test_cuda_that_is_not_there_is_no_silent_fall_back(exported: ExportResult) -> None:
     """ONNX Runtime goes on without a word; what it ran on is read back."""
     from boft_export.onnx.session import Session, has_cuda
