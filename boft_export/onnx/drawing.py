@@ -87,6 +87,7 @@ def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: Job)
     phases(job.options.progress)(f"exporting with {exporter.package}")
     graphs = exporter.export(merged.output / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
     shutil.rmtree(merged.output)
+    plan = replace(plan, notices=(*exporter.notices, *plan.notices))
     return Drawn(plan, merged.outputs[0], inputs, _below(plan, graphs))
 
 

@@ -16,7 +16,7 @@ from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
 from boft_export.onnx.drawing import Job, draw, phases
-from boft_export.onnx.exporters import EXPORTERS
+from boft_export.onnx.exporters import EXPORTERS, served
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.foreign import verify_patched
 from boft_export.onnx.options import ExportOptions
@@ -288,7 +288,8 @@ def _carry_out(
         place = "cuda" if options.device.startswith("cuda") or graph_dtype(plan) is torch.bfloat16 else "cpu"
         phases(options.progress)("verifying")
         check = verify if base is None else partial(verify_patched, base)
-        verified = check(plan, task, folder, ready.course, engine, scratch=staging.root, device=place)
+        judged = served(task, options.variant.exporter)
+        verified = check(plan, judged, folder, ready.course, engine, scratch=staging.root, device=place)
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
         files = {

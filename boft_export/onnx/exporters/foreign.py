@@ -14,8 +14,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from boft_export.checkpoint.staging import file_system_errors
-from boft_export.errors import InputError, UsageError
+from boft_export.errors import InputError, Notice, UsageError
 from boft_export.onnx.graph_file import save_whole
+from boft_export.onnx.tasks import Task
 from boft_export.onnx.variant import Variant
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -32,6 +33,8 @@ class ForeignExporter:
             variant.
         keeps: Further files of its output that belong to the graphs.
         conflict: Returns what keeps it from running here; None if nothing does.
+        served: Returns a task with only those cases that its graphs are made for.
+        notices: What there is to say of them.
     """
 
     package: str
@@ -39,6 +42,8 @@ class ForeignExporter:
     arguments: Callable[[Path, Path, str, Variant], list[str]]
     keeps: tuple[str, ...] = ()
     conflict: Callable[[], str | None] = lambda: None
+    served: Callable[[Task], Task] = lambda task: task
+    notices: tuple[Notice, ...] = ()
 
     def check_installed(self) -> None:
         """See that it is here, and can run.
@@ -81,7 +86,8 @@ class ForeignExporter:
         )
         if done.returncode or not list(made.glob("*.onnx")):
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
-            raise InputError(f"{self.package} can't export this model: {lines[-1]}", hint="Leave out --exporter.")
+            told = lines[-1].replace(str(checkpoint), "model")
+            raise InputError(f"{self.package} can't export this model: {told}", hint="Leave out --exporter.")
         nodes = {f.name: save_whole(ir.load(f), folder / f.name, metadata) for f in sorted(made.glob("*.onnx"))}
         for name in self.keeps:
             with file_system_errors(made / name):

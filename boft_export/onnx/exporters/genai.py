@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from boft_export.errors import Level, Notice
 from boft_export.onnx.exporters.foreign import ForeignExporter
+from boft_export.onnx.tasks import Task
+from boft_export.onnx.tasks.causal import TEXT_GENERATION, compare_steps
 from boft_export.onnx.variant import Quantize, Variant
 
 
@@ -17,4 +22,24 @@ def _arguments(checkpoint: Path, output: Path, _: str, variant: Variant) -> list
     ]
 
 
-GENAI = ForeignExporter("onnxruntime-genai", "onnx-genai", _arguments, keeps=("genai_config.json",))
+def _unpadded(task: Task) -> Task:
+    """Return a task without rows that are padded, and with several tokens after others in single rows only."""
+    cases = (1, (5, 2, 1, 1), None), (3, (7, 1, 1), None)
+    return replace(task, compare=partial(compare_steps, cases=cases)) if task is TEXT_GENERATION else task
+
+
+_PADDING = Notice(
+    Level.WARNING,
+    "no-padding",
+    "model.onnx",
+    "its attention counts tokens from the left: rows of a batch that are padded there come out wrong",
+    "Run texts of one length together, or one at a time.",
+)
+GENAI = ForeignExporter(
+    "onnxruntime-genai",
+    "onnx-genai",
+    _arguments,
+    keeps=("genai_config.json",),
+    served=_unpadded,
+    notices=(_PADDING,),
+)

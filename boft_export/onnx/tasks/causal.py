@@ -75,17 +75,25 @@ def _cache_shapes(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401  # 
     }
     if not found or not all(isinstance(t, Tensor) and t.ndim == 4 for t in found.values()):
         raise InputError(
-            f"{type(model).__name__} does not keep the keys and values of each layer, and no other cache can be exported."
+            f"{type(model).__name__} does not keep each layer's keys and values, and no other cache can be exported."
         )
     return {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in found.items() if tensor is not None}
 
 
-def _compare(model: Any, run: RunGraph, seed: int) -> Iterator[Compared]:  # noqa: ANN401  # as above
-    """Run the whole text through the model at once, and through the graph in steps."""
+def compare_steps(
+    model: Any,  # noqa: ANN401  # as above
+    run: RunGraph,
+    seed: int,
+    cases: Sequence[tuple[int, tuple[int, ...], str | None]] = _CASES,
+) -> Iterator[Compared]:
+    """Run the whole text through the model at once, and through the graph in steps.
+
+    Each case has its rows, the tokens of each step, and the side that is padded.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = _cache_shapes(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for rows, steps, padding in _CASES:
+    for rows, steps, padding in cases:
         ids = torch.randint(vocabulary, (rows, sum(steps)), generator=generator)
         mask = torch.ones_like(ids)
         if padding == "left":
@@ -105,4 +113,6 @@ def _compare(model: Any, run: RunGraph, seed: int) -> Iterator[Compared]:  # noq
             done += size
 
 
-TEXT_GENERATION = Task("text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), _graphs, _compare)
+TEXT_GENERATION = Task(
+    "text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), _graphs, compare_steps
+)
