@@ -261,3 +261,23 @@ def test_cuda_that_is_not_there_is_no_silent_fall_back(exported: ExportResult) -
     if has_cuda():
         pytest.skip("CUDA is here")
     assert Session(exported.output / "model.onnx", "cuda").providers == ["CPUExecutionProvider"]
+
+
+def test_a_resized_vocabulary_and_a_replaced_head_are_proven(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    whole = {
+        "base_model.model.lm_head.weight": torch.randn(56, 32),
+        "base_model.model.model.embed_tokens.weight": torch.randn(56, 32),
+    }
+    tensors = {**boft_tensors("model.layers.0.self_attn.q_proj", 32, 32), **whole}
+    adapter = write_adapter(tmp_path / "adapter", tensors, {"modules_to_save": ["lm_head", "embed_tokens"]})
+    result = export_onnx(tmp_path / "base", adapter, tmp_path / "out")
+    assert result.agreements[0].reference == "hooks"
+    assert validate(adapter, base=tmp_path / "base", onnx=tmp_path / "out").outcome is Outcome.PASS
