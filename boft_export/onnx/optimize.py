@@ -69,7 +69,7 @@ def optimize(model: ir.Model, level: Optimize) -> Optimized:
 
 
 def _rotate_each_row(model: ir.Model) -> None:
-    """Repeat a rotation that is one for the whole batch: the operator wants one for each row, and a fusion leaves it."""
+    """Repeat a rotation that is one for the whole batch, as a fusion leaves it: the operator wants one for each row."""
     made: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         if node.op_type != "RotaryEmbedding" or node.domain != "":
