@@ -21,7 +21,7 @@ from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.foreign import verify_patched
 from boft_export.onnx.options import ExportOptions
 from boft_export.onnx.patch import BaseGraphs, absent_notices, find_places, open_graphs
-from boft_export.onnx.session import check_runs
+from boft_export.onnx.session import check_runs, runtime_notices
 from boft_export.onnx.skeleton import build_skeleton, graph_dtype, plan_config
 from boft_export.onnx.tasks import Task, find_task
 from boft_export.onnx.variant import Exporter, Optimize, Quantize, variant
@@ -255,7 +255,8 @@ def _carry_out(
 ) -> ExportResult:
     values = [inspect_values(a) for a in ready.plan.adapters]
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
-    plan = replace(ready.plan, notices=(*(n for notices, _ in values for n in notices), *ready.plan.notices))
+    found = [*runtime_notices(), *(n for notices, _ in values for n in notices)]
+    plan = replace(ready.plan, notices=(*found, *ready.plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be folded into this model")
     task = find_task(plan_config(plan), options.task, plan.base.root)
     plan = replace(plan, notices=(*task.notices, *plan.notices))

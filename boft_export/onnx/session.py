@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boft_export.errors import ResourceError, UsageError
+from boft_export.errors import Level, Notice, ResourceError, UsageError
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
@@ -27,6 +27,12 @@ _BOTH = (
 def runtime_conflict() -> str | None:
     """Return what is wrong with the installed runtimes; None if nothing is."""
     return _BOTH if len(_installed()) > 1 else None
+
+
+def runtime_notices() -> list[Notice]:
+    """Warn of what is wrong with the installed runtimes."""
+    told = runtime_conflict()
+    return [Notice(Level.WARNING, "two-runtimes", "", told, "Remove both, and install one.")] if told else []
 
 
 def check_installed() -> None:

@@ -13,13 +13,15 @@ from boft_export.version import __version__
 
 _PACKAGES = (
     "torch", "numpy", "safetensors", "huggingface_hub", "transformers", "peft", "onnx", "onnxruntime",
-    "onnxruntime-gpu", "optimum",
+    "onnxruntime-gpu", "onnxruntime-genai", "optimum-onnx",
 )  # fmt: skip
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Return versions, the machine and its devices, each as names and values."""
+    """Return versions, the machine, its devices, and what is wrong with them, each as names and values."""
     import torch
+
+    from boft_export.onnx.session import runtime_conflict
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices = {"cpu": f"{platform.machine()}, folds with torch ({torch.backends.cpu.get_cpu_capability()})"}
@@ -40,6 +42,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "jobs": f"{default_jobs()} (default)",
         },
         "devices": devices,
+        **({"problems": {"onnxruntime": told}} if (told := runtime_conflict()) is not None else {}),
         "hub": {k: os.environ[k] for k in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT") if k in os.environ},
     }
 
