@@ -44,20 +44,22 @@ DECODERS: dict[str, dict[str, Any]] = {
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2},
     "Bloom": {"n_layer": 2, "n_head": 4},
 }  # fmt: skip
-SEQ2SEQ: dict[str, dict[str, Any]] = {"T5": _T5, "Bart": _BART, "MBart": _BART, "Marian": _BART}
+SEQ2SEQ: dict[str, dict[str, Any]] = {"T5": _T5, "Bart": _BART, "MBart": _BART}
 
 
-def save_model(folder: Path, name: str) -> nn.Module:
-    """Save a random model of an architecture, and return it."""
+def save_model(folder: Path, name: str, **settings: Any) -> nn.Module:
+    """Save a random model of an architecture, with ``settings`` of its config in place of ours, and return it."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")
     if name in SEQ2SEQ:
-        kind, made = transformers.AutoModelForSeq2SeqLM, config(**SEQ2SEQ[name])
+        kind, made = transformers.AutoModelForSeq2SeqLM, config(**SEQ2SEQ[name] | settings)
     else:
-        kind, made = transformers.AutoModelForCausalLM, config(**_DECODER | DECODERS[name])
+        kind, made = transformers.AutoModelForCausalLM, config(**_DECODER | DECODERS[name] | settings)
     torch.manual_seed(0)
     model = kind.from_config(made).eval()
+    # Where the head is tied to large embeddings, each token only repeats itself.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
     model.save_pretrained(folder)
     return model
 
