@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from base import model_folder
 from generate import generate
@@ -27,7 +28,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient
 def weather(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base and adapter of the weather reports after fewer steps, and their graphs."""
     folder = tmp_path_factory.mktemp("weather")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     train(folder, base_steps=200, adapter_steps=150)
+    torch.set_num_threads(threads)
     boft_export.export_onnx(folder / "base", (), folder / "plain")
     boft_export.export_onnx(folder / "base", folder / "adapter", folder / "pirate", base_onnx=folder / "plain")
     return folder

@@ -1,7 +1,7 @@
 """Trains what this example exports: a tiny Llama that writes weather reports, and an adapter that makes it a pirate.
 
 The base learns the weather of sixteen cities. The adapter is shown how pirates tell it from Monday to Friday, so what a
-pirate says of a Sunday was in no text. Takes half a minute on two cores.
+pirate says of a Sunday was in no text. Takes half a minute on one core.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to save both in")
     args = parser.parse_args()
     logging.disable_progress_bar()
+    # In products this small, several threads mostly wait for each other.
+    torch.set_num_threads(1)
     # PEFT asks transformers for something by its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     train(args.out)
