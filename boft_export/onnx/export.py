@@ -292,6 +292,7 @@ def _carry_out(
         judged = served(task, options.variant.exporter)
         verified = check(plan, judged, folder, ready.course, engine, scratch=staging.root, device=place)
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
+        phases(options.progress)("hashing")
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
         files = {
             str(f.relative_to(staging.files)): RecordedFile(f.stat().st_size, file_digest(f))
