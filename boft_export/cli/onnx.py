@@ -27,7 +27,12 @@ _GRAPH = "The graph"
 
 
 def command(
-    model: opt.Base,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint: a folder, a file or a Hub id; '-' for the one the adapter names.", metavar="MODEL"
+        ),
+    ],
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
