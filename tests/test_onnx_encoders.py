@@ -86,7 +86,7 @@ def check(result: ExportResult, task: str, *outputs: str, told: tuple[str, ...] 
     assert result.task == task
     assert [a.output for a in result.agreements] == list(outputs)
     for agreement in result.agreements:
-        assert agreement.cases == 3
+        assert agreement.cases >= 3
         assert agreement.relative_difference <= 1e-5
         assert agreement.largest_magnitude > 0.01
     assert [n.code for n in result.plan.notices if n.level is not Level.INFO] == list(told)

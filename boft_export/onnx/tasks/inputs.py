@@ -45,6 +45,10 @@ class Case:
 
 SAMPLE = Case(2, 5)
 CASES = (Case(1, 3), Case(3, 7, "right"), Case(3, 9, "left"))
+# Of tokens, so many that T5 and its kin have them all in their last bucket of distances, which begins at 128.
+LONG = 136
+# What models keep of their positions for other use, at the most.
+_RESERVED = 4
 
 
 def taken(kind: type, names: tuple[str, ...] = MAIN) -> tuple[str, ...]:
@@ -58,12 +62,19 @@ def axes(model: Any, names: Mapping[str, Tensor]) -> dict[str, Axes]:  # noqa: A
     return {n: _FREE_IMAGE if n == "pixel_values" and image_size(model) is None else _AXES[n] for n in names}
 
 
+def longest(config: Any) -> int:  # noqa: ANN401  # as above
+    """Return how many tokens to run a model on to see it treat far ones as it should, as far as it takes so many."""
+    known = getattr(config, "max_position_embeddings", None)
+    return max(SAMPLE.length, min(LONG, known - _RESERVED)) if isinstance(known, int) and known > 0 else LONG
+
+
 def text(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ANN401  # as above
     """Return tokens, as far as the model takes what says more of them."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     pad = getattr(config, "pad_token_id", None) or 0
     vocabulary = getattr(config, "vocab_size", None) or model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary - 1, (case.rows, case.length), generator=generator)
+    length = longest(config) if case.length == LONG else case.length
+    ids = torch.randint(vocabulary - 1, (case.rows, length), generator=generator)
     # No token is the one that stands for padding, by which some models tell positions.
     ids += ids >= pad
     mask = torch.ones_like(ids)
@@ -71,17 +82,18 @@ def text(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor
         mask[-1, slice(None, 2) if case.padding == "left" else slice(-2, None)] = 0
     ids[mask == 0] = pad
     found = {"input_ids": ids, "attention_mask": mask}
-    if getattr(config, "type_vocab_size", 0):
-        found["token_type_ids"] = torch.zeros_like(ids)
+    if kinds := getattr(config, "type_vocab_size", 0):
+        found["token_type_ids"] = torch.randint(kinds, ids.shape, generator=generator)
     if getattr(model.config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = ids[:, : case.length - 1].clone()
+        found["decoder_input_ids"] = ids[:, : length - 1].clone()
     return {n: found[n] for n in taken(type(model), tuple(found))}
 
 
 def images(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ANN401  # as above
     """Return images; of the size that the config fixes, or else of one that goes with the case."""
     config = getattr(model.config, "vision_config", model.config)
-    height, width = image_size(model) or (32 * case.length, 32 * case.length + 32)
+    side = min(case.length, 9)
+    height, width = image_size(model) or (32 * side, 32 * side + 32)
     shape = (case.rows, getattr(config, "num_channels", 3), height, width)
     return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32).to(model.dtype)}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from boft_export.errors import InputError
+from boft_export.onnx.tasks.inputs import LONG, longest
 from boft_export.onnx.tasks.task import Axes, Compared, Graph, RunGraph, Task, Tensors
 
 _ENCODER, _DECODER, _WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
@@ -17,8 +18,9 @@ _SOURCE: Axes = {0: "batch_size", 1: "encoder_sequence_length"}
 _ANSWER: Axes = {0: "batch_size", 1: "decoder_sequence_length"}
 _PAST: Axes = {0: "batch_size", 2: "past_decoder_sequence_length"}
 _PAST_SOURCE: Axes = {0: "batch_size", 2: "encoder_sequence_length"}
-# Rows, how many tokens are asked and answered, the latter at each step, and where some rows are padded.
-_CASES = ((1, 6, (1, 1, 1), None), (3, 11, (3, 1, 2), "right"), (3, 9, (1, 4, 1), "left"))
+# Rows, how many tokens are asked and answered, the latter at each step, and where some rows are padded. The first is as
+# long as a model lets it be.
+_CASES = ((1, LONG, (LONG - 3, 1, 2), None), (3, 11, (3, 1, 2), "right"), (3, 9, (1, 4, 1), "left"))
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def _compare(model: Any, run: RunGraph, seed: int) -> Iterator[Compared]:  # noq
     """Run question and answer through the model at once, and through the graphs in steps."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for rows, asked, steps, padding in _CASES:
+    most = longest(model.config)
+    for rows, wanted, (first, *later), padding in _CASES:
+        asked, steps = min(wanted, most), (min(first, most - sum(later)), *later)
         ids = torch.randint(vocabulary, (rows, asked), generator=generator)
         answer = torch.randint(vocabulary, (rows, sum(steps)), generator=generator)
         mask = torch.ones_like(ids)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from boft_export.errors import InputError
 from boft_export.models.loading import model_errors
-from boft_export.onnx.tasks.inputs import CASES, SAMPLE, Case, axes
+from boft_export.onnx.tasks.inputs import CASES, LONG, SAMPLE, Case, axes, taken
 from boft_export.onnx.tasks.task import Axes, Compared, Graph, RunGraph, Task, Tensors
 
 # Makes a model's inputs for a case.
@@ -42,14 +42,15 @@ def single_graph(
 
     def compare(model: Any, run: RunGraph, seed: int) -> Iterator[Compared]:  # noqa: ANN401  # transformers is untyped
         generator = torch.Generator().manual_seed(seed)
-        for case in CASES:
+        for case in (*CASES, *([Case(1, LONG)] if "input_ids" in taken(type(model)) else [])):
             inputs = make(model, case, generator)
             actual = run("model", inputs)
             expected = run_model(model, inputs)
             told = ", ".join(f"{n} {'x'.join(map(str, t.shape))}" for n, t in list(inputs.items())[:1])
             told += f", padded {case.padding}" if "attention_mask" in inputs and case.padding != "none" else ""
-            for name, value in actual.items():
-                yield Compared(name, told, expected[name], value, _counts(value, inputs.get("attention_mask")))
+            for name, wanted in expected.items():
+                counts = _counts(wanted, inputs.get("attention_mask"))
+                yield Compared(name, told, wanted, actual[name], counts)
 
     return graphs, compare
 
