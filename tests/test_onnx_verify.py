@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from boft_export import CheckFailedError, ExportResult, Outcome, UsageError, Validation, export_onnx, validate
 from boft_export.cli.main import app
-from boft_export.onnx import export as flow
+from boft_export.onnx import drawing
 from boft_export.onnx.limits import LIMITS, graph_kind
 from boft_export.report.schemas import schema
 from boft_export.report.validation_report import validation_document
@@ -162,13 +162,13 @@ def test_the_command_ends_with_1_where_a_graph_differs(bert: tuple[Path, Path], 
 @pytest.fixture
 def spoiled_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that writes one wrong weight."""
-    save = flow.save_graph
+    save = drawing.save_graph
 
     def save_wrong(*args: Any) -> None:
         save(*args)
         spoil_weight(args[2].parent)
 
-    monkeypatch.setattr(flow, "save_graph", save_wrong)
+    monkeypatch.setattr(drawing, "save_graph", save_wrong)
 
 
 @pytest.mark.usefixtures("spoiled_writer")
@@ -212,7 +212,7 @@ def test_float16_is_held_to_what_float16_rounds(bert: tuple[Path, Path], tmp_pat
 def test_an_adapter_too_small_to_be_seen_is_said_to_be(bert: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = bert
     tensors = {
-        k: v * 1e-6 if k.endswith("boft_R") else torch.ones_like(v) for k, v in boft_tensors(QUERY, 32, 32).items()
+        k: v * 1e-8 if k.endswith("boft_R") else torch.ones_like(v) for k, v in boft_tensors(QUERY, 32, 32).items()
     }
     adapter = write_adapter(tmp_path / "adapter", tensors)
     result = export_onnx(base, adapter, tmp_path / "out")
@@ -281,3 +281,43 @@ def test_a_resized_vocabulary_and_a_replaced_head_are_proven(tmp_path: Path) -> 
     result = export_onnx(tmp_path / "base", adapter, tmp_path / "out")
     assert result.agreements[0].reference == "hooks"
     assert validate(adapter, base=tmp_path / "base", onnx=tmp_path / "out").outcome is Outcome.PASS
+
+
+def rename_output(folder: Path) -> None:
+    """Give the output a name that the task doesn't know."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["other" if o == "last_hidden_state" else o for o in node.output]
+    model.graph.output[0].name = "other"
+    onnx.save(model, folder / "model.onnx")
+
+
+def test_an_output_that_is_not_there_is_named(bert: tuple[Path, Path], graph: Path) -> None:
+    base, adapter = bert
+    forget_hashes(graph)
+    rename_output(graph)
+    [check] = validate(adapter, base=base, onnx=graph).failures
+    assert check.finding == "onnx-broken"
+    assert "model.onnx gives no last_hidden_state, expected for this task, but other" in check.message
+
+
+def test_a_graph_that_was_not_run_is_no_pass(bert: tuple[Path, Path], graph: Path) -> None:
+    base, adapter = bert
+    forget_hashes(graph)
+    shutil.copy(graph / "model.onnx", graph / "model_quantized.onnx")
+    found = validate(adapter, base=base, onnx=graph)
+    assert not found.failures
+    [open_] = [c for c in found.checks if c.outcome is Outcome.INCONCLUSIVE]
+    assert "model_quantized.onnx" in open_.message
+
+
+def test_rotated_kernels_are_seen_in_the_outputs(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    sizes = {"num_channels": 4, "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**sizes)).save_pretrained(tmp_path / "base")
+    tensors = boft_tensors("encoder.stages.0.layers.0.layer.0.convolution", 72, 8)
+    result = export_onnx(tmp_path / "base", write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
+    assert {a.reference for a in result.agreements} == {"hooks and rotated kernels"}
+    assert "adapter-not-visible" not in {n.code for n in result.plan.notices}

@@ -169,10 +169,31 @@ def compare(
         notices = runner.notices()
         if plan.adapters and any(a for t in plan.tensors for a in course.variants[0].strength.of(t.name)):
             del expected
-            with contextlib.suppress(CannotTellError):
-                base = load_plan(plan, torch.device("cpu"), tuned=False, read=weights.read, kind=kind).model
+            # Mapped anew, as rotated kernels are in the pages of the model's own.
+            with contextlib.suppress(CannotTellError), MappedWeights(scratch) as anew:
+                base = load_plan(plan, torch.device("cpu"), tuned=False, read=anew.read, kind=kind).model
                 notices += _visibility(task, base, runner, held)
     return Verification(agreements, held, notices)
+
+
+class _Outputs(dict[str, Tensor]):
+    """A graph's outputs by name.
+
+    Args:
+        graph: The graph's file.
+        found: What came out.
+    """
+
+    def __init__(self, graph: str, found: Tensors) -> None:
+        super().__init__(found)
+        self._graph = graph
+
+    def __missing__(self, name: str) -> Tensor:
+        """Refuse what the graph doesn't give."""
+        raise CheckFailedError(
+            f"{self._graph} gives no {name}, expected for this task, but {', '.join(list(self)[:4])}.",
+            hint="Another task may be what it was exported for.",
+        )
 
 
 class _Runner:
@@ -207,7 +228,7 @@ class _Runner:
                 # Nothing but CUDA runs bfloat16.
                 device = "cuda" if self.kind == "bfloat16" else self._device
                 self._sessions[name] = Session(path, device, fold_constants=self._fold_constants)
-            self._outputs.append(self._sessions[name].run(inputs))
+            self._outputs.append(_Outputs(path.name, self._sessions[name].run(inputs)))
         return self._outputs[-1]
 
     def replay(self) -> RunGraph:
@@ -218,10 +239,14 @@ class _Runner:
     def notices(self) -> tuple[Notice, ...]:
         """Tell where the runtime was asked for something else than it did."""
         ran = self._providers()
-        if self._device != "cuda" or "CUDAExecutionProvider" in ran:
-            return ()
-        message = f"ONNX Runtime ran on {', '.join(ran)}, without CUDA"
-        return (Notice(Level.WARNING, "no-cuda-provider", "", message, 'pip install "boft-export[onnx-gpu]"'),)
+        found: tuple[Notice, ...] = ()
+        if self._device == "cuda" and "CUDAExecutionProvider" not in ran:
+            message = f"ONNX Runtime ran on {', '.join(ran)}, without CUDA"
+            found += (Notice(Level.WARNING, "no-cuda-provider", "", message, 'pip install "boft-export[onnx-gpu]"'),)
+        if idle := sorted(p.name for p in self._folder.glob("*.onnx") if p.stem not in self._sessions):
+            message = f"{', '.join(idle)} beside what the task has was not run"
+            found += (Notice(Level.WARNING, "not-run", idle[0], message, "Keep it in a folder of its own."),)
+        return found
 
     def agreement(self, cases: Sequence[Compared], reference: str) -> Agreement:
         """Return how an output compares on all cases."""
