@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from boft_export.models.loading import CannotTellError, load_plan, model_errors
 from boft_export.models.mapped import MappedWeights
 from boft_export.onnx.limits import LIMITS, Limits, graph_kind
 from boft_export.onnx.reference import load_expected
+from boft_export.onnx.rounded import Rounded
 from boft_export.onnx.session import Session, check_runs
 from boft_export.onnx.skeleton import model_class
 from boft_export.onnx.tasks import Compared, RunGraph, Task, Tensors
@@ -47,6 +48,8 @@ class Agreement:
         reference: What the model is: ``base`` alone, or with the adapters applied by ``peft``, ``hooks`` or ``hooks and
             rotated kernels``, or ``folded weights``.
         constants_folded: Whether the runtime optimised the graph as it does by default.
+        rounding: What is the largest share for the model itself, where each operator's result is rounded to what the
+            graph computes in; 0 where that was not looked at.
     """
 
     output: str
@@ -61,18 +64,24 @@ class Agreement:
     kind: str = "float32"
     reference: str = "base"
     constants_folded: bool = True
+    rounding: float = 0.0
 
     @property
     def relative_difference(self) -> float:
         """The largest difference as a share of the largest magnitude."""
         return self.largest_difference / self.largest_magnitude if self.largest_magnitude else self.largest_difference
 
+    def allowed(self, limits: Limits) -> float:
+        """Return the largest relative difference that is within the limits."""
+        return max(limits.largest, limits.roundings * self.rounding)
+
     def beyond(self, limits: Limits) -> str | None:
         """Return what is beyond the limits, in words; None if nothing is."""
-        if not self.relative_difference <= limits.largest:
+        allowed = self.allowed(limits)
+        if not self.relative_difference <= allowed:
             return (
                 f"differs from the model's by {self.largest_difference:.3g}, {self.relative_difference:.1e} of the "
-                f"largest, and at most {limits.largest:.0e} is rounding in {self.kind}; the worst: {self.worst_case}"
+                f"largest, and at most {allowed:.0e} is rounding in {self.kind}; the worst: {self.worst_case}"
             )
         if not self.smallest_cosine >= limits.cosine:
             return f"has a cosine of {self.smallest_cosine:.4f} with the model's, {limits.cosine:g} is the least"
@@ -164,15 +173,19 @@ def compare(
         for compared in task.compare(expected.model, runner.run, _SEED):
             _check(compared)
             found.setdefault(compared.output, []).append(compared)
-        agreements = tuple(runner.agreement(cases, expected.kind) for cases in found.values())
         held = limits[runner.kind]
+        roundings = _roundings(task, expected.model, runner, found) if held.roundings else {}
+        agreements = tuple(
+            replace(runner.agreement(cases, expected.kind), rounding=roundings.get(name, 0.0))
+            for name, cases in found.items()
+        )
         notices = runner.notices()
         if plan.adapters and any(a for t in plan.tensors for a in course.variants[0].strength.of(t.name)):
             del expected
             # Mapped anew, as rotated kernels are in the pages of the model's own.
             with contextlib.suppress(CannotTellError), MappedWeights(scratch) as anew:
                 base = load_plan(plan, torch.device("cpu"), tuned=False, read=anew.read, kind=kind).model
-                notices += _visibility(task, base, runner, held)
+                notices += _visibility(task, base, runner, held, roundings)
     return Verification(agreements, held, notices)
 
 
@@ -317,12 +330,31 @@ def _agreement(
     )
 
 
-def _visibility(task: Task, base: nn.Module, runner: _Runner, limits: Limits) -> tuple[Notice, ...]:
+def _roundings(
+    task: Task, model: nn.Module, runner: _Runner, found: Mapping[str, Sequence[Compared]]
+) -> dict[str, float]:
+    """Return how far each output is from itself where the model rounds as the graph does."""
+    with Rounded(getattr(torch, runner.kind)):
+        rounded = list(task.compare(model, runner.replay(), _SEED))
+    moved = {
+        name: [
+            replace(case, actual=other.expected)
+            for case, other in zip(cases, (r for r in rounded if r.output == name), strict=True)
+        ]
+        for name, cases in found.items()
+    }
+    return {name: runner.agreement(cases, "rounded").relative_difference for name, cases in moved.items()}
+
+
+def _visibility(
+    task: Task, base: nn.Module, runner: _Runner, limits: Limits, roundings: Mapping[str, float]
+) -> tuple[Notice, ...]:
     """Tell where the base without its adapters would have passed as well."""
     for compared in task.compare(base, runner.replay(), _SEED):
         if compared.expected.shape != compared.actual.shape:
             return ()
-        if runner.agreement([compared], "base").beyond(limits) is not None:
+        found = replace(runner.agreement([compared], "base"), rounding=roundings.get(compared.output, 0.0))
+        if found.beyond(limits) is not None:
             return ()
     message = f"the adapter changes less than {runner.kind} rounds, so the outputs don't show that it is applied"
     return (Notice(Level.WARNING, "adapter-not-visible", "", message, "Export with --dtype float32."),)

@@ -113,7 +113,8 @@ def _asked(held: Limits, thresholds: Thresholds) -> Limits:
         "cosine": thresholds.min_cosine,
         "top1": thresholds.min_top1,
     }
-    return replace(held, **{name: value for name, value in wanted.items() if value is not None})
+    asked = {name: value for name, value in wanted.items() if value is not None}
+    return replace(held, **asked, roundings=0.0 if "largest" in asked else held.roundings)
 
 
 def _judge(found: Agreement, held: Limits) -> Check:
@@ -128,7 +129,7 @@ def _judge(found: Agreement, held: Limits) -> Check:
     bounds = {
         name: limit
         for name, limit, none in (
-            ("relative_difference", held.largest, free.largest),
+            ("relative_difference", found.allowed(held), free.largest),
             ("smallest_cosine", held.cosine, free.cosine),
             ("top1_agreement", held.top1, free.top1),
         )
