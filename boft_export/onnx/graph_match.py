@@ -6,7 +6,7 @@ import math
 import mmap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -389,21 +389,45 @@ class _Search:
                 return pieces
         return []
 
-    def _fitting(self, columns: int, rows: int) -> Iterator[TensorRef]:
+    @cached_property
+    def _by_columns(self) -> dict[int, list[TensorRef]]:
+        found: dict[int, list[TensorRef]] = {}
         for ref in self.refs.values():
-            own_rows, own_columns = as_matrix(ref.shape)
-            if own_columns == columns and own_rows <= rows and len(ref.shape) <= 2:
-                yield ref
+            if len(ref.shape) <= 2:
+                found.setdefault(as_matrix(ref.shape)[1], []).append(ref)
+        return found
+
+    def _fitting(self, columns: int, rows: int) -> Iterator[TensorRef]:
+        return (r for r in self._by_columns.get(columns, ()) if as_matrix(r.shape)[0] <= rows)
+
+    @cached_property
+    def _shared(self) -> dict[tuple[Path, int, int], tuple[str, str]]:
+        """The byte ranges of tensors that overlap others', each with the names of the two; the same range is none."""
+        found: dict[tuple[Path, int, int], tuple[str, str]] = {}
+        furthest: StoredTensor | None = None
+        for tensor in sorted(self.stored, key=lambda t: (t.path, t.offset, t.nbytes)):
+            if furthest is None or furthest.path != tensor.path or _stop(furthest) <= tensor.offset:
+                furthest = tensor
+                continue
+            if _range(tensor) != _range(furthest):
+                found[_range(tensor)] = tensor.name, furthest.name
+                found[_range(furthest)] = furthest.name, tensor.name
+            furthest = max(furthest, tensor, key=_stop)
+        return found
 
     def _check_alone(self, name: str, held: Sequence[Part]) -> None:
         """See that no other tensor of the graph shares some of the bytes that are to be changed."""
         for part in held:
-            mine = part.stored
-            for other in self.stored:
-                apart = other.offset >= mine.offset + mine.nbytes or other.offset + other.nbytes <= mine.offset
-                same = other.offset == mine.offset and other.nbytes == mine.nbytes
-                if other.path == mine.path and not apart and not same:
-                    raise InputError(f"{mine.name}, which holds {name}, shares a part of its bytes with {other.name}.")
+            if (both := self._shared.get(_range(part.stored))) is not None:
+                raise InputError(f"{both[0]}, which holds {name}, shares a part of its bytes with {both[1]}.")
+
+
+def _range(tensor: StoredTensor) -> tuple[Path, int, int]:
+    return tensor.path, tensor.offset, tensor.nbytes
+
+
+def _stop(tensor: StoredTensor) -> int:
+    return tensor.offset + tensor.nbytes
 
 
 def _whole(tensor: StoredTensor) -> Iterator[Part]:
