@@ -35,7 +35,8 @@ def file_system_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"the disk is full: writing {path} failed.", hint="Free some space, then run again with --resume."
+                f"the disk is full: writing {path} failed.",
+                hint="Free some space, then run again: a merge goes on with --resume.",
             ) from error
         raise AccessError(f"cannot write {path}: {error.strerror or error}.") from error
 
@@ -97,7 +98,7 @@ class Staging:
                         hint="Run without --resume to start over.",
                     )
                 self.discarded = previous is not None and bool(previous[1])
-                shutil.rmtree(self.files, ignore_errors=True)
+                self._clear()
                 self.files.mkdir()
             # What was being written when a run was killed is not in the journal.
             for leftover in self.files.rglob("*.partial"):
@@ -106,6 +107,12 @@ class Staging:
             with write_whole(journal) as file:
                 records = ({"fingerprint": fingerprint}, *self.done.values())
                 file.writelines(json.dumps(r).encode() + b"\n" for r in records)
+
+    def _clear(self) -> None:
+        """Remove what a killed run left, scratch included."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
     def _take_lock(self) -> IO[str]:
         lock = (self.root / _LOCK).open("w")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ _OTHER_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 _SILENT = 60
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 # Returns a tensor, in float32 where it holds floating-point numbers.
 ReadTensor = Callable[[TensorRef], Tensor]
@@ -58,8 +61,13 @@ def model_errors(kind: type[BoftExportError], message: str, hint: str | None = N
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"{message}: memory does not suffice.", hint="Try another --device.") from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise kind(f"{message}: {type(error).__name__}: {lines[0]}", hint=hint) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{message}: the disk is full.", hint="Free some space, then run again.") from error
+        told = _ANSI.sub("", str(cause)).strip().partition("\n")[0]
+        raise kind(f"{message}: {type(cause).__name__}: {told}", hint=hint) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from boft_export.checkpoint import Staging, free_bytes
 from boft_export.errors import InputError, Level, Notice, ResourceError
+from boft_export.models.loading import model_errors
 from boft_export.onnx.exporters import EXPORTERS, ForeignExporter
 from boft_export.onnx.external_data import DataFile, Layout, Placed
 from boft_export.onnx.graph_file import DATA_NAME, graph_metadata, save_graph
@@ -18,7 +19,6 @@ from boft_export.onnx.quantize import quantize_graphs
 from boft_export.onnx.skeleton import Skeleton, build_skeleton, graph_dtype
 from boft_export.onnx.tasks import Task
 from boft_export.onnx.trace import Traced, trace
-from boft_export.onnx.variant import Exporter, Quantize
 from boft_export.onnx.weights import used_plan, write_weights
 from boft_export.pipeline.engine import Engine, OutputResult
 from boft_export.pipeline.options import Progress
@@ -57,18 +57,20 @@ class Drawn:
 
 
 def draw(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: Job) -> Drawn:
-    """Make the graphs that are asked for."""
-    variant = job.options.variant
+    """Make the graphs that are asked for, but for quantising them."""
+    exporter = job.options.variant.exporter
     if base is not None:
-        drawn = _patch(plan, task, base, job)
-    elif variant.exporter in EXPORTERS:
-        drawn = _by_another(plan, task, EXPORTERS[variant.exporter], job)
-    else:
-        drawn = _trace(plan, task, job)
-    if variant.quantize is Quantize.NONE or variant.exporter is Exporter.GENAI:
-        return drawn
-    phases(job.options.progress)(f"quantising to {variant.quantize}")
-    return replace(drawn, graphs=_below(plan, quantize_graphs(job.folder, variant.quantize, job.staging.root)))
+        return _patch(plan, task, base, job)
+    if exporter in EXPORTERS:
+        return _by_another(plan, task, EXPORTERS[exporter], job)
+    return _trace(plan, task, job)
+
+
+def quantise(drawn: Drawn, job: Job) -> Drawn:
+    """Put quantised graphs in the place of those that are there."""
+    quantize = job.options.variant.quantize
+    phases(job.options.progress)(f"quantising to {quantize}")
+    return replace(drawn, graphs=_below(drawn.plan, quantize_graphs(job.folder, quantize, job.staging.root)))
 
 
 def _below(plan: FoldPlan, graphs: Mapping[str, int]) -> dict[str, int]:
@@ -96,10 +98,13 @@ def _trace(plan: FoldPlan, task: Task, job: Job) -> Drawn:
     phase = phases(job.options.progress)
     phase("building the model")
     skeleton = build_skeleton(plan, task, graph_dtype(plan))
+    with model_errors(InputError, f"{type(skeleton.model).__name__} can't be run"):
+        graphs = task.graphs(skeleton.model)
     traced = {}
-    for graph in task.graphs(skeleton.model):
+    for graph in graphs:
         phase(f"tracing {graph.name}")
         traced[graph.name] = trace(skeleton, graph, job.options.variant)
+    skeleton.check_unchanged()
     used = _used(traced, skeleton)
     said = [n for g in traced.values() for n in g.notices]
     plan = replace(plan, notices=(*_left_out(plan, used), *said, *plan.notices))
@@ -109,12 +114,12 @@ def _trace(plan: FoldPlan, task: Task, job: Job) -> Drawn:
         written, inputs = write_weights(
             file, places, used_plan(plan, used), job.course, job.engine, job.options.progress
         )
-    graphs = {}
+    nodes = {}
     for name, found in traced.items():
         file_name = f"{name}.onnx"
         save_graph(found.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
-        graphs[str(plan.base.folder / file_name)] = found.model.graph.num_nodes()
-    return Drawn(plan, written, inputs, graphs)
+        nodes[file_name] = found.model.graph.num_nodes()
+    return Drawn(plan, written, inputs, _below(plan, nodes))
 
 
 def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: Job) -> Drawn:
@@ -125,8 +130,7 @@ def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: Job) -> Drawn:
     _check_disk(rewriting.nbytes, plan, job.staging)
     folded = patched_plan(plan, matches)
     written, inputs = rewriting.write(job.folder, folded, job.course, job.engine, job.options.progress)
-    graphs = {str(plan.base.folder / name): file.nodes for name, file in base.files.items()}
-    return Drawn(plan, written, inputs, graphs)
+    return Drawn(plan, written, inputs, _below(plan, {name: file.nodes for name, file in base.files.items()}))
 
 
 def phases(progress: Progress | None) -> Callable[[str], None]:

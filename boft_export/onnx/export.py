@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
-from boft_export.onnx.drawing import Job, draw, phases
+from boft_export.onnx.drawing import Job, draw, phases, quantise
 from boft_export.onnx.exporters import EXPORTERS, served
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.foreign import verify_patched
@@ -214,8 +215,8 @@ def prepare_export(
         if options.base_onnx is None:
             check_runs(_kind(ready.plan))
         return ready
-    if model is None:
-        raise UsageError("there is neither a model nor an adapter that names one.")
+    if model is None or os.fspath(model) == "-":
+        raise UsageError("there is neither a model nor an adapter that names one.", hint="Name the checkpoint.")
     check_options(output, options)
     base = (options.sources or Sources()).base(model)
     dtype = DTYPE_OF_NAME[options.dtype] if options.dtype is not None else None
@@ -287,10 +288,18 @@ def _carry_out(
         plan = replace(plan, notices=(*plan.notices, *lost))
         # On the CPU, unless a GPU was asked for or nothing else could run it.
         place = "cuda" if options.device.startswith("cuda") or graph_dtype(plan) is torch.bfloat16 else "cpu"
+        check = partial(
+            verify if base is None else partial(verify_patched, base),
+            plan, served(task, options.variant.exporter), folder, ready.course, engine,
+            scratch=staging.root, device=place,
+        )  # fmt: skip
         phases(options.progress)("verifying")
-        check = verify if base is None else partial(verify_patched, base)
-        judged = served(task, options.variant.exporter)
-        verified = check(plan, judged, folder, ready.course, engine, scratch=staging.root, device=place)
+        verified = check()
+        if options.variant.quantises:
+            # What quantising does to outputs would hide that something else is wrong, so that was seen first.
+            drawn = quantise(drawn, job)
+            phases(options.progress)("verifying")
+            verified = check()
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
         phases(options.progress)("hashing")
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable
@@ -101,7 +102,9 @@ class DataFile:
             with file_system_errors(self._path):
                 if kind is None:
                     self._map.flush()
-            self._map.close()
+            # While an error is on its way, its traceback holds on to pieces of the map.
+            with contextlib.suppress(BufferError):
+                self._map.close()
 
 
 def _write_columns(target: mmap.mmap, place: Placed, start: int, data: memoryview) -> None:

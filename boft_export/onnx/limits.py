@@ -20,6 +20,7 @@ class Limits:
     Attributes:
         largest: The largest difference of any element, as a share of the model's largest magnitude.
         cosine: The least cosine of any row.
+        mean_cosine: The least mean of the rows' cosines.
         top1: The least share of rows with the same largest element.
         roundings: A larger difference passes up to so many times what the model itself is off where each of its
             operators' results is rounded to what the graph computes in.
@@ -27,6 +28,7 @@ class Limits:
 
     largest: float = math.inf
     cosine: float = -1.0
+    mean_cosine: float = -1.0
     top1: float = 0.0
     roundings: float = 0.0
 
@@ -42,8 +44,8 @@ LIMITS = MappingProxyType(
         "float32": Limits(largest=1e-5),
         "float16": Limits(largest=1e-3, roundings=4),
         "bfloat16": Limits(largest=8e-3, roundings=4),
-        "int8": Limits(cosine=0.95, top1=0.7),
-        "int4": Limits(cosine=0.85, top1=0.5),
+        "int8": Limits(mean_cosine=0.95),
+        "int4": Limits(mean_cosine=0.85),
     }
 )
 _FLOATS = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,33 @@ class Skeleton:
         mode: What the fake tensors belong to.
         sources: The plan's tensor that each parameter, and each buffer that is saved, is filled from; what the files
             lack has none.
+        unused: Tensors of the plan that nothing is filled from.
+        settings: What the modules say of themselves, by name: how they go about their work.
     """
 
     model: nn.Module
     mode: FakeTensorMode
     sources: dict[str, TensorPlan]
+    unused: tuple[str, ...]
+    settings: dict[str, object]
+
+    def check_unchanged(self) -> None:
+        """See that running the model left it as it was.
+
+        Where a model goes another way for long inputs, it may note that it went the one for short ones, as those of
+        samples are, and a graph has only that.
+
+        Raises:
+            InputError: If it did not.
+        """
+        found = _settings(self.model)
+        changed = next((n for n, value in self.settings.items() if found.get(n, value) != value), None)
+        if changed is not None:
+            raise InputError(
+                f"{type(self.model).__name__} goes several ways, as its inputs are, and a graph can go only one: it "
+                f"set {changed} from {self.settings[changed]} to {found[changed]}.",
+                hint="Set it in the model's config, if the one way is enough.",
+            )
 
     def check_found(self, used: Iterable[str]) -> None:
         """See that all parameters that a graph uses are in the files.
@@ -51,11 +73,12 @@ class Skeleton:
         names = list(used)
         missing = [n for n in names if n not in self.sources]
         if missing:
-            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            beside = f"; no parameter has the name of {_listed(self.unused)}" if self.unused else ""
             raise InputError(
                 f"{len(missing)} of {len(names)} parameters of {type(self.model).__name__} are not in the files: "
-                f"{shown}.",
-                hint="Name the task that the model was trained for with --task.",
+                f"{_listed(missing)}{beside}.",
+                hint="Name the task that the model was trained for with --task. If its files have the weights in "
+                "another form than its class, it can't be exported.",
             )
 
 
@@ -73,8 +96,25 @@ def build_skeleton(plan: FoldPlan, task: Task, dtype: torch.dtype) -> Skeleton:
         model = _build(plan, task, dtype).eval()
     sources = _sources(model, plan)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _compute(model, sources)
     _fill(model, sources, mode)
-    return Skeleton(model, mode, sources)
+    used = {t.name for t in sources.values()}
+    unused = tuple(t.name for t in plan.tensors if t.name not in used)
+    return Skeleton(model, mode, sources, unused, _settings(model))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _settings(model: nn.Module) -> dict[str, object]:
+    """Return the modules' plain attributes."""
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, str | int | float | bool) and not name.startswith("_")
+    }
 
 
 def _build(plan: FoldPlan, task: Task, dtype: torch.dtype) -> nn.Module:
@@ -97,11 +137,15 @@ def model_class(plan: FoldPlan, task: Task) -> Any:  # noqa: ANN401  # transform
 
 
 def _config_text(plan: FoldPlan) -> str:
-    if plan.base.config_text is None:
+    if (text := _edited(plan)) is None:
         raise CannotTellError(
             f"{plan.base.name} has no config.json, which tells what kind of model it is.",
             hint="Give the whole folder as MODEL.",
         )
+    return text
+
+
+def _edited(plan: FoldPlan) -> str | None:
     return apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
 
 
@@ -119,7 +163,13 @@ def _class_for(config: Any, task: Task) -> Any:  # noqa: ANN401  # as above
 
     named = config.architectures or ()
     if task.auto_class is None:
-        return getattr(transformers, next(iter(named)))
+        kind = getattr(transformers, next(iter(named), ""), None)
+        if kind is None:
+            raise CannotTellError(
+                f"transformers {transformers.__version__} has no class {', '.join(named) or '(none is named)'}.",
+                hint="Name the task that the model was trained for with --task.",
+            )
+        return kind
     mapping = getattr(transformers, task.auto_class)._model_mapping  # noqa: SLF001  # the Auto classes' table has no public name
     if type(config) not in mapping:
         raise CannotTellError(
@@ -167,6 +217,12 @@ def _sources(model: nn.Module, plan: FoldPlan) -> dict[str, TensorPlan]:
     # What is tied is one tensor under several names, of which the files need to have one.
     by_identity = {id(saved[n]): found[n] for n in saved if n in found}
     sources = {n: by_identity[id(t)] for n, t in saved.items() if id(t) in by_identity}
+    stored = next((n for n, t in sources.items() if saved[n].is_floating_point() and t.dtype not in TORCH_DTYPES), None)
+    if stored is not None:
+        raise InputError(
+            f"{sources[stored].name} is stored as {sources[stored].dtype}, and a graph needs floating-point numbers.",
+            hint="Give the model as it was before it was quantised.",
+        )
     wrong = [n for n, t in sources.items() if t.shape != tuple(saved[n].shape)]
     if wrong:
         first = wrong[0]
@@ -176,6 +232,26 @@ def _sources(model: nn.Module, plan: FoldPlan) -> dict[str, TensorPlan]:
             + "."
         )
     return sources
+
+
+def _compute(model: nn.Module, sources: dict[str, TensorPlan]) -> None:
+    """Let a model make the parameters that it never saves, since it computes them, such as tables of positions."""
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        prefix, _, own = name.rpartition(".")
+        if name in sources or name not in dict(model.named_parameters()):
+            continue
+        module = model.get_submodule(prefix)
+        made = []
+        # What comes out the same each time was not drawn at random.
+        for _ in range(2):
+            blank = torch.full_like(module.get_parameter(own), torch.nan, device="cpu")
+            module._parameters[own] = nn.Parameter(blank, requires_grad=False)  # noqa: SLF001  # as in _fill
+            with torch.random.fork_rng(devices=[]):
+                torch.seed()
+                model._init_weights(module)  # type: ignore[operator]  # noqa: SLF001  # what transformers itself calls
+            made.append(module.get_parameter(own))
+        if not torch.equal(*made):
+            module._parameters[own] = nn.Parameter(blank.to("meta"), requires_grad=False)  # noqa: SLF001  # as above
 
 
 def _fill(model: nn.Module, sources: dict[str, TensorPlan], mode: FakeTensorMode) -> None:
@@ -194,16 +270,16 @@ def _fill(model: nn.Module, sources: dict[str, TensorPlan], mode: FakeTensorMode
 
 def _stand_in(tensor: Tensor, source: TensorPlan | None, mode: FakeTensorMode) -> Tensor:
     if source is not None and not tensor.is_floating_point():
-        return read_whole(source.source)
+        return read_whole(source.source).to(tensor.dtype)
     with mode:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        # As it is streamed later, whatever dtype its class would have it in.
+        empty = torch.empty(tensor.shape, dtype=TORCH_DTYPES[source.dtype] if source is not None else tensor.dtype)
         return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def plan_config(plan: FoldPlan) -> dict[str, Any]:
     """Return the config of the plan's output."""
-    text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
-    return json.loads(text or "{}")  # type: ignore[no-any-return]  # it was parsed as an object before
+    return json.loads(_edited(plan) or "{}")  # type: ignore[no-any-return]  # it was parsed as an object before
 
 
 def graph_dtype(plan: FoldPlan) -> torch.dtype:

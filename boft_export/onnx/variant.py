@@ -58,6 +58,11 @@ class Variant:
     quantize: Quantize = Quantize.NONE
     opset: int | None = None
 
+    @property
+    def quantises(self) -> bool:
+        """Whether graphs are quantised once they are made; genai's builder does it itself."""
+        return self.quantize is not Quantize.NONE and self.exporter is not Exporter.GENAI
+
     def opset_for(self, inputs: Collection[str]) -> int:
         """Return the version of ONNX's operators for a graph of these inputs."""
         if self.opset is not None:

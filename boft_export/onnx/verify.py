@@ -41,6 +41,7 @@ class Agreement:
         mean_difference: Of all elements.
         largest_magnitude: Of the model's own.
         smallest_cosine: Of any row.
+        mean_cosine: Of all rows.
         top1_agreement: The share of rows with the same largest element.
         worst_case: The case with the largest difference.
         providers: What ran the graph.
@@ -58,6 +59,7 @@ class Agreement:
     mean_difference: float
     largest_magnitude: float
     smallest_cosine: float
+    mean_cosine: float
     top1_agreement: float
     worst_case: str
     providers: tuple[str, ...]
@@ -85,6 +87,8 @@ class Agreement:
             )
         if not self.smallest_cosine >= limits.cosine:
             return f"has a cosine of {self.smallest_cosine:.4f} with the model's, {limits.cosine:g} is the least"
+        if not self.mean_cosine >= limits.mean_cosine:
+            return f"has a mean cosine of {self.mean_cosine:.4f} with the model's, {limits.mean_cosine:g} is the least"
         if not self.top1_agreement >= limits.top1:
             return f"has the model's first choice in {self.top1_agreement:.0%} of rows, {limits.top1:.0%} is the least"
         return None
@@ -296,7 +300,7 @@ def _agreement(
 ) -> Agreement:
     largest = total = magnitude = 0.0
     elements = rows = same = 0
-    cosine, worst = 1.0, cases[0].case
+    cosine, cosines, worst = 1.0, 0.0, cases[0].case
     for case in cases:
         expected, actual = _rows(case.expected, case.counts), _rows(case.actual, case.counts)
         if not expected.numel():
@@ -309,7 +313,8 @@ def _agreement(
         magnitude = max(magnitude, float(expected.abs().max()))
         # Two rows of zeros are the same; one of them alone has no direction.
         zeros = (expected == 0).all(-1) & (actual == 0).all(-1)
-        cosine = min(cosine, float(torch.cosine_similarity(expected, actual, dim=-1).masked_fill(zeros, 1.0).min()))
+        directions = torch.cosine_similarity(expected, actual, dim=-1).masked_fill(zeros, 1.0)
+        cosine, cosines = min(cosine, float(directions.min())), cosines + float(directions.sum())
         same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         rows += len(expected)
     if not rows:
@@ -321,6 +326,7 @@ def _agreement(
         mean_difference=total / elements,
         largest_magnitude=magnitude,
         smallest_cosine=cosine,
+        mean_cosine=cosines / rows,
         top1_agreement=same / rows,
         worst_case=worst,
         providers=providers,

@@ -16,7 +16,7 @@ AGREEMENT_COLUMNS = (
     ("largest difference", "largest_difference", ".1e"),
     ("of the largest", "relative_difference", ".1e"),
     ("mean", "mean_difference", ".1e"),
-    ("cosine", "smallest_cosine", ".6f"),
+    ("least cosine", "smallest_cosine", ".6f"),
     ("top-1", "top1_agreement", ".1%"),
 )
 

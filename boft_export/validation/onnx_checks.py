@@ -123,6 +123,7 @@ def _judge(found: Agreement, held: Limits) -> Check:
         "relative_difference": found.relative_difference,
         "mean_difference": found.mean_difference,
         "smallest_cosine": found.smallest_cosine,
+        "mean_cosine": found.mean_cosine,
         "top1_agreement": found.top1_agreement,
     }
     free = Limits()
@@ -131,6 +132,7 @@ def _judge(found: Agreement, held: Limits) -> Check:
         for name, limit, none in (
             ("relative_difference", found.allowed(held), free.largest),
             ("smallest_cosine", held.cosine, free.cosine),
+            ("mean_cosine", held.mean_cosine, free.mean_cosine),
             ("top1_agreement", held.top1, free.top1),
         )
         if limit != none
