@@ -26,7 +26,7 @@ VOCABULARY, HEADS, PAIRS = 32000, 16, 4
 # Models of more bytes than this are wider, as they are in practice, and not only deeper.
 _WIDE = 2e9
 # What the export calls its phases, and what they are called here.
-_PHASES = {"building": "build", "tracing": "trace", "verifying": "verify", "hashing": "hash"}
+_PHASES = {"building": "build", "tracing": "trace", "verifying": "verify"}
 _REST = "rest"
 _INTERVAL = 0.005
 

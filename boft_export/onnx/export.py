@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -294,20 +295,16 @@ def _carry_out(
             scratch=staging.root, device=place,
         )  # fmt: skip
         phases(options.progress)("verifying")
-        verified = check()
         if options.variant.quantises:
-            # What quantising does to outputs would hide that something else is wrong, so that was seen first.
+            # What quantising does to outputs would hide that something else is wrong, so that is seen first.
+            check()
             drawn = quantise(drawn, job)
             phases(options.progress)("verifying")
-            verified = check()
+        with ThreadPoolExecutor(1, "hash") as pool:
+            hashing = pool.submit(_record, staging.files)
+            verified, files = check(), hashing.result()
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
-        phases(options.progress)("hashing")
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
-        files = {
-            str(f.relative_to(staging.files)): RecordedFile(f.stat().st_size, file_digest(f))
-            for f in sorted(folder.rglob("*"))
-            if f.is_file()
-        }
         made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
         made["verified"] = [a.document() for a in verified.agreements]
         card = export_card(plan, metadata, asked, task.name, drawn.graphs, verified.agreements)
@@ -318,6 +315,12 @@ def _carry_out(
         staging.discard()
         raise
     return ExportResult(ready.output, plan, task.name, drawn.graphs, verified.agreements, made)
+
+
+def _record(folder: Path) -> dict[str, RecordedFile]:
+    """Return the size and SHA-256 of all files below a folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): RecordedFile(f.stat().st_size, file_digest(f)) for f in files}
 
 
 def _kind(plan: FoldPlan) -> str:
