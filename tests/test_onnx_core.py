@@ -19,6 +19,7 @@ from torch import Tensor
 
 from boft_export import InputError, export_onnx
 from boft_export.models.loading import model_errors
+from boft_export.onnx.external_data import DataFile, Layout
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 BERT = {**SIZES, "intermediate_size": 64}
@@ -110,6 +111,21 @@ def test_a_model_whose_control_flow_depends_on_values_is_refused_for_that(tmp_pa
         export_onnx(folder, (), tmp_path / "out")
     assert "\x1b" not in str(failure.value)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_failure_while_weights_are_written_is_told_as_what_it_is(tmp_path: Path) -> None:
+    layout = Layout()
+    place = layout.add("F32", (4,))
+    with pytest.raises(ValueError, match="broadcast"), DataFile(tmp_path / "data", layout.nbytes) as file:
+        file.write([place], 0, memoryview(bytes(17)))
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(base: Path, tmp_path: Path) -> None:
+    for name in ("quantized", "merged"):
+        (tmp_path / ".out.boft-export" / name).mkdir(parents=True)
+        (tmp_path / ".out.boft-export" / name / "model.onnx").write_text("half of it")
+    assert export_onnx(base, (), tmp_path / "out", quantize="int8").agreements[0].kind == "int8"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_of_the_process_is_changed(base: Path, tmp_path: Path) -> None:
