@@ -44,7 +44,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2},
     "Bloom": {"n_layer": 2, "n_head": 4},
 }  # fmt: skip
-SEQ2SEQ: dict[str, dict[str, Any]] = {"T5": _T5, "Bart": _BART, "MBart": _BART}
+SEQ2SEQ: dict[str, dict[str, Any]] = {"T5": _T5, "Bart": _BART}
 
 
 def save_model(folder: Path, name: str, **settings: Any) -> nn.Module:

@@ -664,7 +664,7 @@ def test_the_policy_has_every_key() -> None:
     assert set(given["thresholds"]) == {f.name for f in fields(Thresholds)}
     policy = read_policy(EXAMPLES / "policy.yaml")
     assert policy.thresholds.arithmetic == Thresholds().arithmetic
-    defaults = re.findall(r"^  (\w+): .*# default (none|[\d.]+|-?\.inf)[;\n]", text, re.MULTILINE)
+    defaults = re.findall(r"^  (\w+): .*# default (none|[\d.]+|-?\.inf)[:;\n]", text, re.MULTILINE)
     assert len(defaults) == len(given["thresholds"]) - 2
     for name, told in defaults:
         default = getattr(Thresholds(), name)

@@ -186,6 +186,14 @@ def test_what_the_task_does_not_use_is_noted(base: Path, tmp_path: Path) -> None
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_base_of_several_dtypes_is_kept_in_that_of_most(base: Path, adapter: Path, tmp_path: Path) -> None:
+    tensors = {k: v.half() if v.ndim > 1 else v for k, v in load_file(base / "model.safetensors").items()}
+    shutil.copytree(base, tmp_path / "base")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    found = weights(export_onnx(tmp_path / "base", adapter, tmp_path / "out", dtype=None).output)
+    assert {v.dtype for n, v in found.items() if n in tensors} == {torch.float16}
+
+
 # What is refused
 
 
@@ -219,6 +227,27 @@ def test_a_checkpoint_without_a_config_is_refused(base: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match="config"):
         export_onnx(tmp_path / "base", (), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [("[1]", "not a list of modules"), ('[{"type": "a.Transformer", "path": "../x"}]', "outside of its own")],
+)
+def test_modules_that_are_none_or_lie_elsewhere_are_refused(
+    base: Path, tmp_path: Path, modules: str, told: str
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "modules.json").write_text(modules)
+    with pytest.raises(boft_export.DamagedFileError, match=told):
+        export_onnx(tmp_path / "base", (), tmp_path / "out", task="sentence-similarity")
+
+
+@pytest.mark.parametrize("asked", [{"dtype": "float16"}, {"opset": 20}])
+def test_a_graph_that_exists_keeps_its_dtype_and_opset(
+    exported: boft_export.ExportResult, base: Path, adapter: Path, tmp_path: Path, asked: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="float32 with opset 23, and stays so"):
+        export_onnx(base, adapter, tmp_path / "out", base_onnx=exported.output, **asked)
 
 
 def test_an_architecture_that_nobody_knows_is_refused(base: Path, tmp_path: Path) -> None:

@@ -211,11 +211,28 @@ def prepare_export(
         find_task({}, options.task)
     if options.base_onnx is not None and not adapters:
         raise UsageError("there is no adapter to fold into the graph.", hint="Name one or more after MODEL.")
+    ready = _prepared(model, adapters, output, request, options, device_type)
+    if options.dtype is None:
+        # A graph computes in one dtype, where files may hold several.
+        options = replace(options, dtype=_kind(ready.plan))
+        if options.dtype not in DTYPE_OF_NAME:
+            raise UsageError(f"the base is {options.dtype}, which graphs are not made in.", hint="--dtype float32")
+        ready = _prepared(model, adapters, output, request, options, device_type)
+    if options.base_onnx is None:
+        check_runs(_kind(ready.plan))
+    return ready
+
+
+def _prepared(
+    model: Ref | None,
+    adapters: Ref | Sequence[Ref],
+    output: Ref,
+    request: Interpolation,
+    options: ExportOptions,
+    device_type: str,
+) -> Prepared:
     if adapters:
-        ready = prepare(model, adapters, output, request, options, device_type)
-        if options.base_onnx is None:
-            check_runs(_kind(ready.plan))
-        return ready
+        return prepare(model, adapters, output, request, options, device_type)
     if model is None or os.fspath(model) == "-":
         raise UsageError("there is neither a model nor an adapter that names one.", hint="Name the checkpoint.")
     check_options(output, options)
@@ -224,7 +241,6 @@ def prepare_export(
     plan = make_plan(base, (), dtype=dtype)
     keep_off_inputs(Path(output), plan, model, ())
     raise_for_errors(plan.notices, "the model can't be exported")
-    check_runs(_kind(plan))
     return fit_memory(plan, request.course(plan), output, options, device_type)
 
 
@@ -232,7 +248,7 @@ def _as_in(graphs: BaseGraphs, options: ExportOptions, output: Ref) -> ExportOpt
     """Return options as graphs that exist decide them.
 
     Raises:
-        UsageError: If the output would be written over the graphs.
+        UsageError: If the output would be written over the graphs, or another dtype or opset is asked for.
     """
     target, folder = Path(output).resolve(), graphs.folder.resolve()
     beside = Path(options.base_onnx or "").is_file()
@@ -240,9 +256,14 @@ def _as_in(graphs: BaseGraphs, options: ExportOptions, output: Ref) -> ExportOpt
         raise UsageError(
             f"{output} would write into the graph's folder {folder}.", hint="Choose a folder apart from it."
         )
+    dtype, opset = FLOAT_DTYPES[graphs.dtype], options.variant.opset
+    if options.dtype not in (None, "float32", dtype) or opset not in (None, graphs.opset):
+        raise UsageError(
+            f"the graph is {dtype} with opset {graphs.opset}, and stays so.", hint="Leave out --dtype and --opset."
+        )
     return replace(
         options,
-        dtype=FLOAT_DTYPES[graphs.dtype],
+        dtype=dtype,
         variant=replace(options.variant, opset=graphs.opset),
         task=options.task or graphs.task,
     )

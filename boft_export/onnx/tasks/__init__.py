@@ -74,7 +74,8 @@ def find_task(config: Mapping[str, Any], name: str | None = None, folder: Path |
 
 def _classes(config: Mapping[str, Any]) -> list[str]:
     """Return the classes that a config names: of transformers, or the one of diffusers."""
-    return [str(a) for a in config.get("architectures") or ()] or [str(a) for a in (config.get("_class_name"),) if a]
+    named = config.get("architectures") or config.get("_class_name") or ()
+    return [named] if isinstance(named, str) else [str(a) for a in named]
 
 
 def _made_for(classes: Sequence[str]) -> Task | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -94,16 +94,28 @@ def read_pooling(folder: Path) -> Pooling:
     """
     if not (folder / "modules.json").is_file():
         return Pooling()
-    modules = _read(folder / "modules.json")
-    kinds = [str(m["type"]).rpartition(".")[2] for m in modules]
+    modules = _modules(folder / "modules.json")
+    kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(
             f"{folder / 'modules.json'} lists {', '.join(kinds)}: only Transformer, Pooling and then Normalize can be "
             "one graph.",
             hint="Export the encoder alone with --task feature-extraction.",
         )
-    path = folder / modules[1]["path"] / "config.json"
+    path = folder / modules[1][1] / "config.json"
     return Pooling(_modes(_read(path), path), normalize=len(kinds) == 3)
+
+
+def _modules(path: Path) -> list[tuple[str, PurePosixPath]]:
+    """Return the class of each module, and its folder."""
+    try:
+        found = [(str(m["type"]).rpartition(".")[2], PurePosixPath(m["path"])) for m in _read(path)]
+    except (TypeError, LookupError) as error:
+        raise DamagedFileError(f"{path} is not a list of modules: {error}.") from error
+    outside = next((p for _, p in found if p.is_absolute() or ".." in p.parts), None)
+    if outside is not None:
+        raise DamagedFileError(f"{path} names a folder outside of its own: {outside}.")
+    return found
 
 
 def _modes(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
