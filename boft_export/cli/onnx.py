@@ -158,7 +158,7 @@ def command(
         from boft_export.report.export_report import export_document
 
         started = time.monotonic()
-        with out.progress("writing weights") as progress:
+        with out.progress("exporting") as progress:
             result = export_onnx(model, adapters or (), output, **asked, progress=progress)
         out.notices(result.plan.notices)
         document = export_document(result, time.monotonic() - started)

@@ -157,10 +157,18 @@ class Output:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._err, transient=True) as bar:
-            task = bar.add_task(label, total=None)
-            yield lambda done, total, name: bar.update(
-                task, completed=done, total=total or None, description=label if total else name or label
-            )
+            task, shown = bar.add_task(label, total=None), label
+
+            def move(done: int, total: int, name: str) -> None:
+                nonlocal task, shown
+                told = label if total else name or label
+                if told != shown:
+                    # A bar that had a total does not lose it.
+                    bar.remove_task(task)
+                    task, shown = bar.add_task(told, total=None), told
+                bar.update(task, completed=done, total=total or None)
+
+            yield move
 
     def _failure(self, document: Mapping[str, Any]) -> None:
         """Print a failure's document; that stdout is full must not hide what happened."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 # What is shown of an output: the head, the key in its document, and the format.
 AGREEMENT_COLUMNS = (
-    ("largest difference", "largest_difference", ".1e"),
-    ("of the largest", "relative_difference", ".1e"),
+    ("largest", "largest_difference", ".1e"),
+    ("relative", "relative_difference", ".1e"),
     ("mean", "mean_difference", ".1e"),
-    ("least cosine", "smallest_cosine", ".6f"),
+    ("cosine", "smallest_cosine", ".6f"),
     ("top-1", "top1_agreement", ".1%"),
 )
 
