@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,11 @@ from torch import Tensor
 
 # For property tests: no time limit for one example, since machines are shared.
 properties = settings(deadline=None, max_examples=50)
+
+# For what transformers 4 does not have, or has in another form.
+needs_transformers_5 = pytest.mark.skipif(
+    importlib.metadata.version("transformers").startswith("4."), reason="needs transformers 5"
+)
 
 # The config that today's PEFT writes, as far as a merge looks at it.
 PEFT_CONFIG = {

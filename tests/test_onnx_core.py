@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import boft_tensors, write_adapter
+from support import boft_tensors, needs_transformers_5, write_adapter
 from torch import Tensor
 
 from boft_export import InputError, export_onnx
@@ -71,6 +71,7 @@ def test_a_model_that_takes_short_inputs_another_way_is_refused(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+@needs_transformers_5
 def test_weights_that_files_have_in_another_form_are_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "base", "NomicBertModel", **BERT)
     with pytest.raises(InputError, match=r"q_proj.*no parameter has the name of .*Wqkv\.weight"):

@@ -42,7 +42,8 @@ def continued(folder: Path, adapter: Path | None, prompt: str) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64, do_sample=False)
+    tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**tokens, max_new_tokens=64, do_sample=False)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
