@@ -27,7 +27,6 @@ EPILOG = opt.examples(
     "boft-export interpolate ./base ./my-adapter -o ./sweep --alphas 0:1:0.25 --path-report sweep.html",
     "boft-export interpolate ./base ./style ./task -o ./mixed --alpha 0.5,0.2 --path factorwise",
 )
-_PATH = "How far to go"
 
 
 def command(
@@ -40,7 +39,7 @@ def command(
         typer.Option(
             help="0 is the base, 1 the tuned model; 0.5,0.2 for two adapters. Several times: a folder each.",
             metavar="ALPHA",
-            rich_help_panel=_PATH,
+            rich_help_panel=opt.PATH_PANEL,
         ),
     ] = None,
     alphas: Annotated[
@@ -48,31 +47,17 @@ def command(
         typer.Option(
             help="Several, both ends included: 0:1:0.25 writes OUT/alpha-0, OUT/alpha-0.25, ...",
             metavar="START:STOP:STEP",
-            rich_help_panel=_PATH,
+            rich_help_panel=opt.PATH_PANEL,
         ),
     ] = None,
-    path: Annotated[
-        InterpolationPath,
-        typer.Option(
-            help=f"The curve from base to tuned: {', '.join(InterpolationPath)}.",
-            metavar="PATH",
-            rich_help_panel=_PATH,
-        ),
-    ] = InterpolationPath.GEODESIC,
-    alpha_map: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML or JSON: glob patterns of tensor names, each with its own alpha. The last match wins.",
-            metavar="FILE",
-            rich_help_panel=_PATH,
-        ),
-    ] = None,
+    path: opt.Curve = InterpolationPath.GEODESIC,
+    alpha_map: opt.AlphaMapFile = None,
     path_report: Annotated[
         Path | None,
         typer.Option(
             help="Report angles, change and energy along the path: .html, .png or .json.",
             metavar="FILE",
-            rich_help_panel=_PATH,
+            rich_help_panel=opt.PATH_PANEL,
         ),
     ] = None,
     evaluation: Annotated[
@@ -81,7 +66,7 @@ def command(
             "--eval",
             help="Python file with evaluate(model_dir) -> dict of figures, run on each output.",
             metavar="SCRIPT",
-            rich_help_panel=_PATH,
+            rich_help_panel=opt.PATH_PANEL,
         ),
     ] = None,
     dtype: opt.Dtype = opt.OutputDtype.KEEP,

@@ -22,7 +22,6 @@ EPILOG = opt.examples(
     "boft-export onnx ./merged -o ./onnx --task text-generation",
     "boft-export onnx ./base ./my-adapter -o ./tuned --base-onnx ./onnx/model.onnx",
 )
-_PATH = "How far to go"
 _GRAPH = "The graph"
 
 
@@ -93,25 +92,13 @@ def command(
     alpha: Annotated[
         str | None,
         typer.Option(
-            help="0 is the base, 1 the tuned model; 0.5,0.2 for two adapters.", metavar="ALPHA", rich_help_panel=_PATH
+            help="0 is the base, 1 the tuned model; 0.5,0.2 for two adapters.",
+            metavar="ALPHA",
+            rich_help_panel=opt.PATH_PANEL,
         ),
     ] = None,
-    path: Annotated[
-        InterpolationPath,
-        typer.Option(
-            help=f"The curve from base to tuned: {', '.join(InterpolationPath)}.",
-            metavar="PATH",
-            rich_help_panel=_PATH,
-        ),
-    ] = InterpolationPath.GEODESIC,
-    alpha_map: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML or JSON: glob patterns of tensor names, each with its own alpha. The last match wins.",
-            metavar="FILE",
-            rich_help_panel=_PATH,
-        ),
-    ] = None,
+    path: opt.Curve = InterpolationPath.GEODESIC,
+    alpha_map: opt.AlphaMapFile = None,
     overwrite: opt.Overwrite = False,
     dry_run: opt.DryRun = False,
     device: opt.Device = "auto",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from boft_export.adapters import ReadOptions, View
+from boft_export.linalg.path import InterpolationPath
 
 if TYPE_CHECKING:
     from boft_export.planning.inputs import Sources
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _INPUTS = "Where inputs come from"
 _RUN = "How it runs"
 _SHOWN = "What is shown"
+PATH_PANEL = "How far to go"
 
 
 class OutputDtype(StrEnum):
@@ -74,6 +76,24 @@ MaxMemory = Annotated[
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", help="Threads that fold (default: cores less one).", rich_help_panel=_RUN),
+]
+Curve = Annotated[
+    InterpolationPath,
+    typer.Option(
+        "--path",
+        help=f"The curve from base to tuned: {', '.join(InterpolationPath)}.",
+        metavar="PATH",
+        rich_help_panel=PATH_PANEL,
+    ),
+]
+AlphaMapFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--alpha-map",
+        help="YAML or JSON: glob patterns of tensor names, each with its own alpha. The last match wins.",
+        metavar="FILE",
+        rich_help_panel=PATH_PANEL,
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.", rich_help_panel=_RUN)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
