@@ -25,6 +25,7 @@ from support import boft_tensors, expected_merge, read_folder, write_adapter, wr
 from torch import Tensor
 
 import boft_export
+from boft_export.onnx.external_data import DataFile
 from boft_export.pipeline.memory import ByteBudget
 
 ROOT = Path(__file__).parents[1]
@@ -778,6 +779,13 @@ def test_disk_that_fills_up(job: Job, small_disk: Callable[[int], Path]) -> None
     result = boft_export.merge(job.base, job.adapter, disk / "out", resume=True)
     assert result.resumed
     assert digests(disk / "out") == job.files
+
+
+def test_a_data_file_takes_its_space_before_anything_is_written(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(4 << 20)
+    with pytest.raises(boft_export.ResourceError, match="disk is full") as failure:
+        DataFile(disk / "model.onnx_data", 64 << 20)
+    assert failure.value.exit_code == 5
 
 
 def test_output_where_nothing_can_be_made(job: Job, tmp_path: Path) -> None:
