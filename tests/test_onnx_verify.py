@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from boft_export import CheckFailedError, ExportResult, Outcome, UsageError, Validation, export_onnx, validate
 from boft_export.cli.main import app
-from boft_export.onnx import drawing
+from boft_export.onnx import graphs
 from boft_export.onnx.limits import LIMITS, graph_kind
 from boft_export.report.schemas import schema
 from boft_export.report.validation_report import validation_document
@@ -162,13 +162,13 @@ def test_the_command_ends_with_1_where_a_graph_differs(bert: tuple[Path, Path], 
 @pytest.fixture
 def spoiled_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that writes one wrong weight."""
-    save = drawing.save_graph
+    save = graphs.save_graph
 
     def save_wrong(*args: Any) -> None:
         save(*args)
         spoil_weight(args[2].parent)
 
-    monkeypatch.setattr(drawing, "save_graph", save_wrong)
+    monkeypatch.setattr(graphs, "save_graph", save_wrong)
 
 
 @pytest.mark.usefixtures("spoiled_writer")

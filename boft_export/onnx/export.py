@@ -17,10 +17,10 @@ from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.card import export_card
-from boft_export.onnx.drawing import Job, draw, phases, quantise
 from boft_export.onnx.exporters import EXPORTERS, served
 from boft_export.onnx.folder import write_side_files
 from boft_export.onnx.foreign import verify_patched
+from boft_export.onnx.graphs import Job, make_graphs, phases, quantise
 from boft_export.onnx.options import ExportOptions
 from boft_export.onnx.patch import BaseGraphs, absent_notices, find_places, open_graphs
 from boft_export.onnx.session import check_runs, runtime_notices
@@ -300,8 +300,8 @@ def _carry_out(
         folder.mkdir(parents=True, exist_ok=True)
         engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
         job = Job(ready.course, engine, folder, staging, options)
-        drawn = draw(plan, task, base, job)
-        plan, written, inputs = drawn.plan, drawn.written, drawn.inputs
+        made = make_graphs(plan, task, base, job)
+        plan, written, inputs = made.plan, made.written, made.inputs
         if plan.fingerprint(settings) != fingerprint:
             raise DamagedFileError(
                 "an input file changed while it was read.", hint="Run again once nothing writes to it."
@@ -319,23 +319,23 @@ def _carry_out(
         if options.variant.quantises:
             # What quantising does to outputs would hide that something else is wrong, so that is seen first.
             check()
-            drawn = quantise(drawn, job)
+            made = quantise(made, job)
             phases(options.progress)("verifying")
         with ThreadPoolExecutor(1, "hash") as pool:
             hashing = pool.submit(_record, staging.files)
             verified, files = check(), hashing.result()
         plan = replace(plan, notices=(*plan.notices, *verified.notices))
         asked = request.record(written.variant.strength) if not written.variant.strength.is_full else {}
-        made = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
-        made["verified"] = [a.document() for a in verified.agreements]
-        card = export_card(plan, metadata, asked, task.name, drawn.graphs, verified.agreements)
-        write_side_files(plan, staging, made, card)
+        record = manifest("onnx", plan, inputs, written, files, {**asked, **settings})
+        record["verified"] = [a.document() for a in verified.agreements]
+        card = export_card(plan, metadata, asked, task.name, made.graphs, verified.agreements)
+        write_side_files(plan, staging, record, card)
         staging.publish()
     except BaseException:
         # Nothing of it could be taken up again.
         staging.discard()
         raise
-    return ExportResult(ready.output, plan, task.name, drawn.graphs, verified.agreements, made)
+    return ExportResult(ready.output, plan, task.name, made.graphs, verified.agreements, record)
 
 
 def _record(folder: Path) -> dict[str, RecordedFile]:

@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class MadeGraphs:
     """Graphs with their weights, on disk.
 
     Attributes:
@@ -56,7 +56,7 @@ class Drawn:
     graphs: dict[str, int]
 
 
-def draw(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: Job) -> Drawn:
+def make_graphs(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: Job) -> MadeGraphs:
     """Make the graphs that are asked for, but for quantising them."""
     exporter = job.options.variant.exporter
     if base is not None:
@@ -66,18 +66,18 @@ def draw(plan: FoldPlan, task: Task, base: BaseGraphs | None, job: Job) -> Drawn
     return _trace(plan, task, job)
 
 
-def quantise(drawn: Drawn, job: Job) -> Drawn:
+def quantise(made: MadeGraphs, job: Job) -> MadeGraphs:
     """Put quantised graphs in the place of those that are there."""
     quantize = job.options.variant.quantize
     phases(job.options.progress)(f"quantising to {quantize}")
-    return replace(drawn, graphs=_below(drawn.plan, quantize_graphs(job.folder, quantize, job.staging.root)))
+    return replace(made, graphs=_below(made.plan, quantize_graphs(job.folder, quantize, job.staging.root)))
 
 
 def _below(plan: FoldPlan, graphs: Mapping[str, int]) -> dict[str, int]:
     return {str(plan.base.folder / name): nodes for name, nodes in graphs.items()}
 
 
-def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: Job) -> Drawn:
+def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: Job) -> MadeGraphs:
     """Merge into a checkpoint that another exporter loads, and take over the graphs that it makes."""
     _check_disk(3 * sum(s.nbytes for s in plan.shards), plan, job.staging)
     ready = Prepared(plan, job.course, job.staging.root / "merged", job.engine.memory, job.engine.jobs)
@@ -90,10 +90,10 @@ def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: Job)
     graphs = exporter.export(merged.output / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
     shutil.rmtree(merged.output)
     plan = replace(plan, notices=(*exporter.notices, *plan.notices))
-    return Drawn(plan, merged.outputs[0], inputs, _below(plan, graphs))
+    return MadeGraphs(plan, merged.outputs[0], inputs, _below(plan, graphs))
 
 
-def _trace(plan: FoldPlan, task: Task, job: Job) -> Drawn:
+def _trace(plan: FoldPlan, task: Task, job: Job) -> MadeGraphs:
     """Trace a model's graphs, and fold its weights into the data file beside them."""
     phase = phases(job.options.progress)
     phase("building the model")
@@ -119,10 +119,10 @@ def _trace(plan: FoldPlan, task: Task, job: Job) -> Drawn:
         file_name = f"{name}.onnx"
         save_graph(found.model, weights[name], job.folder / file_name, graph_metadata(plan, inputs, task.name))
         nodes[file_name] = found.model.graph.num_nodes()
-    return Drawn(plan, written, inputs, _below(plan, nodes))
+    return MadeGraphs(plan, written, inputs, _below(plan, nodes))
 
 
-def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: Job) -> Drawn:
+def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: Job) -> MadeGraphs:
     """Fold adapters into graphs of the base."""
     matches = find_places(base, plan)
     plan = replace(plan, notices=(*absent_notices(matches), *plan.notices))
@@ -130,7 +130,7 @@ def _patch(plan: FoldPlan, task: Task, base: BaseGraphs, job: Job) -> Drawn:
     _check_disk(rewriting.nbytes, plan, job.staging)
     folded = patched_plan(plan, matches)
     written, inputs = rewriting.write(job.folder, folded, job.course, job.engine, job.options.progress)
-    return Drawn(plan, written, inputs, _below(plan, {name: file.nodes for name, file in base.files.items()}))
+    return MadeGraphs(plan, written, inputs, _below(plan, {name: file.nodes for name, file in base.files.items()}))
 
 
 def phases(progress: Progress | None) -> Callable[[str], None]:
