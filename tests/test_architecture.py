@@ -14,8 +14,8 @@ import boft_export
 ROOT = Path(boft_export.__file__).parent
 # Imports go down only: from a higher rank to a lower one, or within a package. Packages of one rank are siblings.
 RANK = {
-    "errors": 0, "version": 0, "native": 1, "linalg": 1, "checkpoint": 1, "adapters": 1, "planning": 2, "pipeline": 3, "models": 4,
-    "onnx": 5, "validation": 6, "plots": 7, "report": 8, "cli": 9,
+    "errors": 0, "version": 0, "native": 1, "linalg": 1, "checkpoint": 1, "adapters": 1, "planning": 2, "pipeline": 3,
+    "models": 4, "onnx": 5, "validation": 6, "plots": 7, "report": 8, "cli": 9,
 }  # fmt: skip
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem in RANK)
 # What only the examples, the tests and optional commands may load.
