@@ -7,27 +7,12 @@ process: bytes as the kernel counts them (/proc/self/io, so Linux only), the lar
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memory import measure
-
-# Runs the program and writes how many bytes it read to the file that its first argument names.
-COUNTED = """
-import sys
-counts = sys.argv.pop(1)
-from boft_export.cli.main import app
-try:
-    app()
-finally:
-    with open("/proc/self/io") as lines, open(counts, "w") as out:
-        out.write(next(line.split()[1] for line in lines if line.startswith("rchar")))
-"""
+from measured import PROGRAM, make_checkpoint, measure, write_figures
 
 
 @dataclass(frozen=True)
@@ -44,6 +29,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--shape", default="llama-3-8b", help="one of those in synthetic.py")
     parser.add_argument("--factors", type=int, default=2)
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
@@ -53,11 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         work = Path(name)
-        make = [sys.executable, str(Path(__file__).with_name("synthetic.py")), name]
-        make += ["--gigabytes", str(args.gigabytes), "--factors", str(args.factors)]
-        subprocess.run([*make, "--block-size", str(args.block_size)], check=True, stdout=subprocess.DEVNULL)
+        made = {"gigabytes": args.gigabytes, "factors": args.factors, "block-size": args.block_size}
+        size = make_checkpoint(work, shape=args.shape, targets="linear", **made)
         base, adapter = work / "base", work / "adapter"
-        size = sum(f.stat().st_size for f in base.iterdir()) / 1e9
         print(f"{size:.2f} GB, m = {args.factors}, b = {args.block_size}, {len(args.alphas)} alphas")
         print(f"{'what':34} {'seconds':>8} {'GB read':>8} {'peak MB':>8}")
         runs: list[Sweep] = []
@@ -67,12 +51,11 @@ def main() -> None:
             print(f"{run.what:34} {run.seconds:8.1f} {run.read_gb:8.2f} {run.peak_mb:8.0f}", flush=True)
 
         def interpolate(label: str, path: str, alphas: list[float]) -> Sweep:
-            counts = work / "counts"
             options = [o for a in alphas for o in ("--alpha", repr(a))]
-            command = [sys.executable, "-c", COUNTED, str(counts), "interpolate", str(base), str(adapter)]
+            command = [PROGRAM, "interpolate", str(base), str(adapter)]
             done = measure(label, size, [*command, "-o", str(work / "out"), "--path", path, "-q", *options])
             shutil.rmtree(work / "out")
-            return Sweep(label, done.seconds, int(counts.read_text()) / 1e9, done.peak_mb)
+            return Sweep(label, done.seconds, done.read_gb, done.peak_mb)
 
         copies = " && ".join(f"cp -r {base} {work}/copy-{i}" for i in range(len(args.alphas)))
         copied = measure("copy", size, ["sh", "-c", f"{copies} && sync {work}/copy-*/*"])
@@ -90,8 +73,7 @@ def main() -> None:
                 max(e.peak_mb for e in each),
             )
         )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in runs], indent=2) + "\n")
+    write_figures(args.json, {"sweep": [asdict(r) for r in runs]})
 
 
 if __name__ == "__main__":
