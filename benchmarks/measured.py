@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 # The program as a user starts it.
 PROGRAM = str(Path(sys.executable).with_name("boft-export"))
+# What keeps transformers and PEFT from talking, and from looking on the Hub.
+QUIET = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 T = TypeVar("T")
 _PACKAGES = ("boft-export", "numpy", "torch", "transformers", "peft")
 
