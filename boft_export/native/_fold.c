@@ -19,7 +19,7 @@ enum { BF16, F16, F32, F64 };
 enum { SOURCE, CHANGE, ROUNDING, CHANGED, DAMAGED, UNSOUND, SUMS };
 #define CHUNK 8 /* outputs of a block whose rows of the matrix lie side by side */
 #define MAX_LANES 16
-#define PANEL 64 /* features folded at once, where they are not coupled to more */
+#define PANEL 128 /* features folded at once, where they are not coupled to more */
 #define EXPONENT 0x7FF0000000000000
 #define SIGN INT64_MIN
 static const int64_t SIZES[] = {2, 2, 4, 8};
@@ -72,12 +72,13 @@ static double round_to(int dtype, double x, char *out) {
 #define LOW_2(a, b) __builtin_shufflevector(a, b, 0, 2)
 #define HIGH_2(a, b) __builtin_shufflevector(a, b, 1, 3)
 
-#if defined(__clang__)
 #define STRING(X) #X
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
 #define TARGET(SET) _Pragma(STRING(clang attribute push(__attribute__((target(SET))), apply_to = function)))
 #define END_TARGET _Pragma("clang attribute pop")
 #else
-#define STRING(X) #X
+#define UNROLL _Pragma("GCC unroll 8") /* else sums go by way of the stack */
 #define TARGET(SET) _Pragma("GCC push_options") _Pragma(STRING(GCC target(SET)))
 #define END_TARGET _Pragma("GCC pop_options")
 #endif
@@ -103,6 +104,8 @@ TARGET("avx2,fma,f16c")
 #define FMA1(a, b, c) __builtin_fma(a, b, c)
 #define MAX(a, b) ((F64_avx2)_mm256_max_pd((__m256d)(a), (__m256d)(b)))
 #define COUNT(n, a, b) ((n) - ((a) != (b)))
+#define TO_U32(h) ((U32_avx2)_mm_cvtepu16_epi32(_mm_cvtsi64_si128((long long)(h))))
+#define TO_F64(x) ((F64_avx2)_mm256_cvtps_pd((__m128)(x)))
 #define HALF_TO_FLOAT(h) ((F32_avx2)_mm_cvtph_ps(_mm_cvtsi64_si128((long long)(h))))
 #define FLOAT_TO_HALF(x) ((U16_avx2)_mm_cvtsi128_si64(_mm_cvtps_ph((__m128)(x), 0)))
 #include "kernel.h"
@@ -118,6 +121,8 @@ TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define COUNT(n, a, b)                                                                                                 \
     ((I64_avx512)_mm512_mask_add_epi64((__m512i)(n), _mm512_cmp_pd_mask((__m512d)(a), (__m512d)(b), _CMP_NEQ_UQ),      \
                                        (__m512i)(n), _mm512_set1_epi64(1)))
+#define TO_U32(h) ((U32_avx512)_mm256_cvtepu16_epi32((__m128i)(h)))
+#define TO_F64(x) ((F64_avx512)_mm512_cvtps_pd((__m256)(x)))
 #define HALF_TO_FLOAT(h) ((F32_avx512)_mm256_cvtph_ps((__m128i)(h)))
 #define FLOAT_TO_HALF(x) ((U16_avx512)_mm256_cvtps_ph((__m256)(x), 0))
 #include "kernel.h"
@@ -229,6 +234,13 @@ static void fill_scale(const Job *job, int64_t start, int live, double *scale) {
         scale[lane] = job->scale != NULL && lane < live ? job->scale[start + lane] : 1;
 }
 
+/* Have rows brought to the second level of cache while other work is done. */
+static void fetch(const char *at, int64_t stride, int64_t rows, int64_t bytes) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t b = 0; b < bytes; b += 64)
+            __builtin_prefetch(at + r * stride + b, 0, 2);
+}
+
 static void run_rows(const Job *job) {
     const Kernel *kernel = job->kernel;
     const int lanes = kernel->lanes;
@@ -242,6 +254,8 @@ static void run_rows(const Job *job) {
             const int64_t start = panel.start, w = panel.w;
             if (live < lanes)
                 memset(job->raw_in, 0, w * lanes * in);
+            fetch(job->source + (row * n + start + w) * in, n * in, live, w * in);
+            fetch(job->out + (row * n + start + w) * size, n * size, live, w * size);
             kernel->transpose(in, job->source + (row * n + start) * in, n * in, live, w, job->raw_in, lanes * in);
             kernel->widen(job->source_dtype, job->raw_in, lanes * in, w, job->x);
             kernel->finish(&how, job->x, rotate_panel(job, &panel), w, job->raw_out, lanes * size, sums);

@@ -16,6 +16,11 @@ typedef float N(F32) __attribute__((vector_size(4 * W)));
 typedef uint32_t N(U32) __attribute__((vector_size(4 * W)));
 typedef uint16_t N(U16) __attribute__((vector_size(2 * W)));
 
+#ifndef TO_U32
+#define TO_U32(HALF) __builtin_convertvector(HALF, N(U32))
+#define TO_F64(FLOAT) __builtin_convertvector(FLOAT, N(F64))
+#endif
+
 static inline N(F64) N(load)(const double *at) {
     N(F64) v;
     memcpy(&v, at, sizeof v);
@@ -28,7 +33,7 @@ static inline N(F32) N(half_to_float)(N(U16) half) {
 #ifdef HALF_TO_FLOAT
     return HALF_TO_FLOAT(half);
 #else
-    N(U32) bits = __builtin_convertvector(half, N(U32)), magnitude = (bits & 0x7FFF) << 13;
+    N(U32) bits = TO_U32(half), magnitude = (bits & 0x7FFF) << 13;
     N(U32) infinite = (N(U32))(magnitude >= 0x0F800000) & 0x7F800000;
     return (N(F32))((N(U32))((N(F32))magnitude * 0x1p112f) | infinite | (bits & 0x8000) << 16);
 #endif
@@ -59,11 +64,11 @@ static void N(widen)(int dtype, const char *raw, int64_t stride, int64_t w, doub
     switch (dtype) {
     case BF16:
         EACH((memcpy(&narrow, at, sizeof narrow),
-              __builtin_convertvector((N(F32))(__builtin_convertvector(narrow, N(U32)) << 16), N(F64))));
+              TO_F64((N(F32))(TO_U32(narrow) << 16))));
     case F16:
-        EACH((memcpy(&narrow, at, sizeof narrow), __builtin_convertvector(N(half_to_float)(narrow), N(F64))));
+        EACH((memcpy(&narrow, at, sizeof narrow), TO_F64(N(half_to_float)(narrow))));
     case F32:
-        EACH((memcpy(&single, at, sizeof single), __builtin_convertvector(single, N(F64))));
+        EACH((memcpy(&single, at, sizeof single), TO_F64(single)));
     case F64:
         EACH(N(load)((const double *)at));
     }
@@ -86,8 +91,9 @@ static inline __attribute__((always_inline)) void N(outputs)(const int count, co
             for (int v = 0; v < VECTORS; v++)
                 sum[o][v] = FMA(N(splat)(m[o]), input[v], sum[o][v]);
     }
-    for (int o = 0; o < count; o++)
-        memcpy(y + (index[i + o] - start) * LANES, sum[o], sizeof sum[o]);
+    UNROLL for (int o = 0; o < count; o++)
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            memcpy(y + (index[i + o] - start) * LANES + v * W, &sum[o][v], sizeof sum[o][v]);
 }
 
 /* Apply some blocks of a stage to a panel that begins at feature start. */
@@ -175,7 +181,7 @@ static inline __attribute__((always_inline)) int N(finish_as)(const int dtype, c
             } else if (dtype == F32) {
                 N(F32) single = __builtin_convertvector(exact, N(F32));
                 memcpy(at, &single, sizeof single);
-                rounded = __builtin_convertvector(single, N(F64));
+                rounded = TO_F64(single);
             } else
                 memcpy(at, &exact, sizeof exact);
             N(F64) change = exact - before, rounding = rounded - exact;
@@ -184,13 +190,12 @@ static inline __attribute__((always_inline)) int N(finish_as)(const int dtype, c
             sum[ROUNDING][v] = FMA(rounding, rounding, sum[ROUNDING][v]);
             changed[v] = COUNT(changed[v], rounded, before);
         }
-    uint32_t bad = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        bad |= over[lane % W] >> 31;
-        bad |= !isfinite(sum[ROUNDING][lane / W][lane % W]);
-    }
-    if (bad)
-        return 0;
+    N(I64) bad = {0};
+    for (int v = 0; v < VECTORS; v++) /* infinity less itself is not a number, which is not 0 */
+        bad |= sum[ROUNDING][v] - sum[ROUNDING][v] != 0;
+    for (int lane = 0; lane < W; lane++)
+        if (bad[lane] | over[lane] >> 31)
+            return 0;
     memcpy(sums, sum, sizeof sum);
     for (int lane = 0; lane < LANES; lane++)
         sums[CHANGED * LANES + lane] += changed[lane / W][lane % W];
@@ -213,47 +218,69 @@ static void N(finish)(const Finish *how, const double *x, const double *y, int64
         N(finish_carefully)(how, x, y, w, raw, stride, sums);
 }
 
-/* Transpose: out[c][r] = in[r][c], of numbers of the given size, strides in bytes. */
-#define TRANSPOSE(TYPE, SIDE, LEVELS)                                                                                  \
+/* Transpose one side x side square of numbers, strides in bytes. */
+#define SQUARE(TYPE, SIDE, LEVELS)                                                                                     \
     {                                                                                                                  \
         typedef TYPE V __attribute__((vector_size(16)));                                                               \
-        for (; r + SIDE <= rows; r += SIDE) {                                                                          \
-            int64_t c = 0;                                                                                             \
-            for (; c + SIDE <= columns; c += SIDE) {                                                                   \
-                V a[SIDE], b[SIDE];                                                                                    \
-                for (int i = 0; i < SIDE; i++)                                                                         \
-                    memcpy(a + i, in + (r + i) * in_stride + c * sizeof(TYPE), 16);                                    \
-                for (int level = 0; level < LEVELS; level++) {                                                         \
-                    for (int i = 0; i < SIDE / 2; i++) {                                                               \
-                        b[2 * i] = LOW_##SIDE(a[i], a[i + SIDE / 2]);                                                  \
-                        b[2 * i + 1] = HIGH_##SIDE(a[i], a[i + SIDE / 2]);                                             \
-                    }                                                                                                  \
-                    memcpy(a, b, sizeof a);                                                                            \
-                }                                                                                                      \
-                for (int i = 0; i < SIDE; i++)                                                                         \
-                    memcpy(out + (c + i) * out_stride + r * sizeof(TYPE), a + i, 16);                                  \
+        V a[SIDE], b[SIDE];                                                                                            \
+        for (int i = 0; i < SIDE; i++)                                                                                 \
+            memcpy(a + i, in + i * in_stride, 16);                                                                     \
+        for (int level = 0; level < LEVELS; level++) {                                                                 \
+            for (int i = 0; i < SIDE / 2; i++) {                                                                       \
+                b[2 * i] = LOW_##SIDE(a[i], a[i + SIDE / 2]);                                                          \
+                b[2 * i + 1] = HIGH_##SIDE(a[i], a[i + SIDE / 2]);                                                     \
             }                                                                                                          \
-            for (; c < columns; c++)                                                                                   \
-                for (int i = 0; i < SIDE; i++)                                                                         \
-                    memcpy(out + c * out_stride + (r + i) * sizeof(TYPE),                                              \
-                           in + (r + i) * in_stride + c * sizeof(TYPE), sizeof(TYPE));                                 \
+            memcpy(a, b, sizeof a);                                                                                    \
         }                                                                                                              \
-        for (; r < rows; r++)                                                                                          \
-            for (int64_t c = 0; c < columns; c++)                                                                      \
-                memcpy(out + c * out_stride + r * sizeof(TYPE), in + r * in_stride + c * sizeof(TYPE), sizeof(TYPE));  \
-    }
+        for (int i = 0; i < SIDE; i++)                                                                                 \
+            memcpy(out + i * out_stride, a + i, 16);                                                                   \
+    }                                                                                                                  \
+    break
 
-static void N(transpose)(int size, const char *restrict in, int64_t in_stride, int64_t rows, int64_t columns,
-                         char *restrict out, int64_t out_stride) {
-    int64_t r = 0;
-    if (size == 2)
-        TRANSPOSE(uint16_t, 8, 3)
-    else if (size == 4)
-        TRANSPOSE(uint32_t, 4, 2)
-    else
-        TRANSPOSE(uint64_t, 2, 1)
+static inline __attribute__((always_inline)) void N(transpose_square)(const int size, const char *in, int64_t in_stride,
+                                                                      char *out, int64_t out_stride) {
+    switch (size) {
+    case 2:
+        SQUARE(uint16_t, 8, 3);
+    case 4:
+        SQUARE(uint32_t, 4, 2);
+    case 8:
+        SQUARE(uint64_t, 2, 1);
+    }
 }
-#undef TRANSPOSE
+#undef SQUARE
+
+/* Transpose: out[c][r] = in[r][c]. All of few rows, or of few columns, are done before the next ones: those lie apart in
+ * memory by a power of 2, and more of them than a cache has ways would put each other out. */
+static inline __attribute__((always_inline)) void N(transpose_of)(const int size, const char *in, int64_t in_stride,
+                                                                  int64_t rows, int64_t columns, char *out,
+                                                                  int64_t out_stride) {
+    const int side = 16 / size;
+    const int64_t whole_rows = rows - rows % side, whole_columns = columns - columns % side;
+    if (rows < columns)
+        for (int64_t r = 0; r < whole_rows; r += side)
+            for (int64_t c = 0; c < whole_columns; c += side)
+                N(transpose_square)(size, in + r * in_stride + c * size, in_stride, out + c * out_stride + r * size,
+                                    out_stride);
+    else
+        for (int64_t c = 0; c < whole_columns; c += side)
+            for (int64_t r = 0; r < whole_rows; r += side)
+                N(transpose_square)(size, in + r * in_stride + c * size, in_stride, out + c * out_stride + r * size,
+                                    out_stride);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; c++)
+            memcpy(out + c * out_stride + r * size, in + r * in_stride + c * size, size);
+}
+
+static void N(transpose)(int size, const char *in, int64_t in_stride, int64_t rows, int64_t columns, char *out,
+                         int64_t out_stride) {
+    if (size == 2)
+        N(transpose_of)(2, in, in_stride, rows, columns, out, out_stride);
+    else if (size == 4)
+        N(transpose_of)(4, in, in_stride, rows, columns, out, out_stride);
+    else
+        N(transpose_of)(8, in, in_stride, rows, columns, out, out_stride);
+}
 
 static const Kernel N(kernel) = {LANES, N(widen), N(rotate), N(finish), N(transpose)};
 
@@ -266,5 +293,7 @@ static const Kernel N(kernel) = {LANES, N(widen), N(rotate), N(finish), N(transp
 #undef FMA1
 #undef MAX
 #undef COUNT
+#undef TO_U32
+#undef TO_F64
 #undef HALF_TO_FLOAT
 #undef FLOAT_TO_HALF
