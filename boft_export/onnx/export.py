@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging
+from boft_export.checkpoint.remote import local_path
 from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
@@ -28,6 +29,7 @@ from boft_export.onnx.skeleton import build_skeleton, graph_dtype, plan_config
 from boft_export.onnx.tasks import Task, find_task
 from boft_export.onnx.variant import Exporter, Optimize, Quantize, variant
 from boft_export.onnx.verify import Agreement, verify
+from boft_export.pipeline.devices import Device
 from boft_export.pipeline.engine import Engine
 from boft_export.pipeline.hashing import file_digest
 from boft_export.pipeline.layers import inspect_values
@@ -36,7 +38,7 @@ from boft_export.pipeline.model_card import card_metadata
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.prepare import Prepared, check_options, fit_memory, keep_off_inputs, prepare
 from boft_export.pipeline.recorded import RecordedFile
-from boft_export.pipeline.run import COMPUTE_DTYPES, check_effect, devices_for
+from boft_export.pipeline.run import check_effect, devices_for
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.alphas import Alpha, AlphaMap
 from boft_export.planning.inputs import Ref, Sources
@@ -178,7 +180,7 @@ def plan_export(
         asked = _as_in(graphs, asked, output)
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
-        task = find_task(plan_config(ready.plan), asked.task, ready.plan.base.root)
+        task = find_task(plan_config(ready.plan), asked.task, ready.local_path(plan.base.root, "ONNX export"))
         if graphs is None:
             build_skeleton(ready.plan, task, graph_dtype(ready.plan))
         else:
@@ -273,7 +275,7 @@ def _carry_out(
     ready: Prepared,
     request: Interpolation,
     options: ExportOptions,
-    devices: tuple[torch.device, ...],
+    devices: tuple[Device, ...],
     base: BaseGraphs | None,
 ) -> ExportResult:
     values = [inspect_values(a) for a in ready.plan.adapters]
@@ -281,7 +283,7 @@ def _carry_out(
     found = [*runtime_notices(), *(n for notices, _ in values for n in notices)]
     plan = replace(ready.plan, notices=(*found, *ready.plan.notices))
     raise_for_errors(plan.notices, "the adapter can't be folded into this model")
-    task = find_task(plan_config(plan), options.task, plan.base.root)
+    task = find_task(plan_config(plan), options.task, local_path(plan.base.root, "ONNX export"))
     plan = replace(plan, notices=(*task.notices, *plan.notices))
     settings: dict[str, Any] = {
         "dtype": options.dtype or "keep",
@@ -298,7 +300,7 @@ def _carry_out(
     try:
         folder = staging.files / plan.base.folder
         folder.mkdir(parents=True, exist_ok=True)
-        engine = Engine(devices, COMPUTE_DTYPES[options.compute_dtype], ready.jobs, ready.memory)
+        engine = Engine(devices, options.compute_dtype, ready.jobs, ready.memory)
         job = Job(ready.course, engine, folder, staging, options)
         made = make_graphs(plan, task, base, job)
         plan, written, inputs = made.plan, made.written, made.inputs

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from boft_export.checkpoint import Shard
 from boft_export.onnx.external_data import Placed
-from boft_export.pipeline.engine import Engine, OutputResult, TensorResult, check_finite, replay_plan
-from boft_export.pipeline.fold import Measure
+from boft_export.pipeline.engine import Engine, OutputResult, TensorResult, replay_plan
+from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.options import Progress
+from boft_export.pipeline.output_file import check_finite
 from boft_export.planning import FoldPlan, TensorPlan
 from boft_export.planning.strength import Course
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,104 +13,63 @@ from torch import Tensor
 from boft_export.adapters import View
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.layers import LayerOperator
+from boft_export.pipeline.measure import Measure
 from boft_export.planning import Step
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a fold did to a run of elements, as sums that add up over runs.
-
-    Attributes:
-        elements: How many there are.
-        changed: How many differ from the source's in the output's dtype.
-        source: Sum of the source's squares.
-        change: Sum of squares of exact result minus source.
-        rounding: Sum of squares of rounded minus exact result.
-        damaged: How many are not finite though the source's are.
-        unsound: How many of the source's are not finite.
-        returned: How many the way back gives again, bit for bit; None where it was not gone.
-        tried: How many were tried whether they would survive the way there and back.
-        kept: How many of those did.
-    """
-
-    elements: int = 0
-    changed: int = 0
-    source: float = 0.0
-    change: float = 0.0
-    rounding: float = 0.0
-    damaged: int = 0
-    unsound: int = 0
-    returned: int | None = None
-    tried: int = 0
-    kept: int = 0
-
-    def __add__(self, other: Measure) -> Measure:
-        """Return the measure of both runs together."""
-        return Measure(
-            self.elements + other.elements,
-            self.changed + other.changed,
-            self.source + other.source,
-            self.change + other.change,
-            self.rounding + other.rounding,
-            self.damaged + other.damaged,
-            self.unsound + other.unsound,
-            other.returned if self.returned is None else self.returned + (other.returned or 0),
-            self.tried + other.tried,
-            self.kept + other.kept,
-        )
-
-    @property
-    def relative_change(self) -> float | None:
-        """||dW|| / ||W||; None where the squares of huge values have no sum."""
-        return _root(self.change, self.source) if self.source else 0.0
-
-    @property
-    def rounding_loss(self) -> float | None:
-        """||rounding error|| / ||dW||; None where nothing was to change."""
-        return _root(self.rounding, self.change)
-
-
-def _root(part: float, whole: float) -> float | None:
-    """Return sqrt(part / whole); None where there is no whole, or the squares of huge values have no sum."""
-    return math.sqrt(part / whole) if whole and math.isfinite(part) and math.isfinite(whole) else None
 
 
 def fold(
     mixture: Sequence[tuple[Tensor, float]],
     steps: Sequence[tuple[Step, LayerOperator]],
     start: int,
-    dtype: torch.dtype,
+    out: Tensor,
     *,
     compute: torch.dtype,
     device: torch.device,
     tile: int,
-) -> tuple[Tensor, list[Measure]]:
+) -> list[Measure]:
     """Apply steps to a run of a tensor's elements and round the result once.
 
     Args:
         mixture: What the elements are a weighted sum of: each one's elements, flat, on the CPU, and its weight.
         steps: The steps in order, each with its operator.
         start: The element of the tensor at which they begin; a whole number of tiles into its segment.
-        dtype: The output's dtype.
+        out: Where the new elements go, flat, on the CPU.
         compute: The dtype to compute in.
         device: Where to compute.
         tile: Elements to compute at once. Tiles lie at fixed places in the tensor, so that the sums, and with them the
             last bits, don't depend on how the work is cut.
 
     Returns:
-        The new elements, flat, on the CPU, and what was done to each tile: whoever adds that up in the tensor's order
-        gets the same sums however the work is cut.
+        What was done to each tile: whoever adds that up in the tensor's order gets the same sums however the work is
+        cut.
     """
-    count = mixture[0][0].numel()
-    out = torch.empty(count, dtype=dtype)
     measures = []
-    for offset in range(0, count, tile):
-        run = [(m[offset : offset + tile], weight) for m, weight in mixture]
-        x, y = unrounded(run, steps, start + offset, compute=compute, device=device)
-        rounded = round_once(y, dtype)
-        out[offset : offset + tile] = rounded
-        measures.append(_measure(x, y, rounded.to(compute)))
-    return out, measures
+    with _own_stream(device):
+        for offset in range(0, out.numel(), tile):
+            run = [(m[offset : offset + tile], weight) for m, weight in mixture]
+            x, y = unrounded(run, steps, start + offset, compute=compute, device=device)
+            rounded = round_once(y, out.dtype)
+            out[offset : offset + tile].copy_(rounded, non_blocking=True)
+            measures.append(_measure(x, y, rounded.to(compute)))
+    return measures
+
+
+_OWN = threading.local()
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Compute on a stream that is this thread's own, so that one thread's copies go on beside another's products."""
+    if device.type != "cuda":
+        yield
+        return
+    streams: dict[torch.device, torch.cuda.Stream] = _OWN.__dict__.setdefault("streams", {})
+    stream = streams.get(device) or streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    # Rotations are put there on the default stream.
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def unrounded(
@@ -134,7 +94,7 @@ def unrounded(
 def _mix(mixture: Sequence[tuple[Tensor, float]], device: torch.device, compute: torch.dtype) -> Tensor:
     """Return a weighted sum of tiles; one tile alone is converted and nothing more."""
     # The copy also puts the tile at an aligned address, which some BLAS kernels' order of summation depends on.
-    tiles = [tile.to(device=device, dtype=compute, copy=True) for tile, _ in mixture]
+    tiles = [tile.to(device, non_blocking=True).to(compute, copy=True) for tile, _ in mixture]
     if len(tiles) == 1:
         return tiles[0]
     total = torch.zeros_like(tiles[0])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-import torch
-
-from boft_export.checkpoint import Staging, free_bytes
+from boft_export.checkpoint import Staging, free_bytes, open_staging
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.checkpoint.staging import file_system_errors
 from boft_export.errors import (
     CheckFailedError,
@@ -22,14 +21,14 @@ from boft_export.errors import (
     UsageError,
     raise_for_errors,
 )
-from boft_export.pipeline.engine import Engine, OutputResult, RunResult, run_plan
+from boft_export.pipeline.devices import Device, resolve_devices
+from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, run_plan
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
 from boft_export.pipeline.prepare import Prepared, is_reversible, prepare
 from boft_export.pipeline.recorded import MANIFEST_NAME, RecordedFile
-from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.pipeline.undo import UndoTensor
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.inputs import Ref
@@ -39,7 +38,6 @@ from boft_export.version import __version__
 
 # One in so many bytes of weights goes into corrections, at most, of trained weights.
 _CORRECTIONS = 8
-COMPUTE_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Finished:
         resumed: Weight files taken over from a killed run.
     """
 
-    output: Path
+    output: AnyPath
     plan: FoldPlan
     course: Course
     outputs: tuple[OutputResult, ...]
@@ -127,7 +125,7 @@ def run(
     return carry_out(verb, ready, options, devices)
 
 
-def devices_for(options: RunOptions) -> tuple[torch.device, ...]:
+def devices_for(options: RunOptions) -> tuple[Device, ...]:
     """Return the devices to compute on.
 
     Raises:
@@ -141,7 +139,7 @@ def devices_for(options: RunOptions) -> tuple[torch.device, ...]:
         raise UsageError(f"{error}.") from error
 
 
-def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[torch.device, ...]) -> Finished:
+def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[Device, ...]) -> Finished:
     """Do what was prepared, all or nothing.
 
     Args:
@@ -168,19 +166,18 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[t
         "compute_dtype": options.compute_dtype,
         "device": devices[0].type,
         "max_shard_size": parse_size(options.max_shard_size) if options.max_shard_size is not None else None,
-        "torch": torch.__version__,
+        "torch": version("torch"),
         **verb.settings,
     }
     fingerprint = _fingerprint(plan, course, settings)
     # A card that can't be made must not cost the work of a run.
     card = card_metadata(plan)
-    staging = Staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
+    staging = open_staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
     try:
         _check_disk(plan, course, staging, reversible=verb.reversible)
-        compute = COMPUTE_DTYPES[options.compute_dtype]
         engine = Engine(
             devices,
-            compute,
+            options.compute_dtype,
             ready.jobs,
             ready.memory,
             inverse=verb.inverse,
@@ -239,7 +236,7 @@ def _check_disk(plan: FoldPlan, course: Course, staging: Staging, *, reversible:
     )
     if reversible:
         needed += needed // _CORRECTIONS + sum(t.base.nbytes for t in plan.tensors if t.base not in (None, t.source))
-    free = free_bytes(staging.root)
+    free = free_bytes(staging.output)
     if needed > free:
         raise ResourceError(
             f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",

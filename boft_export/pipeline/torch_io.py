@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from boft_export.checkpoint import FLOAT_DTYPES, TensorRef
+from boft_export.pipeline.devices import Device
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in FLOAT_DTYPES.items()}
 
@@ -45,20 +48,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def resolve_devices(name: str) -> tuple[torch.device, ...]:
-    """Return the devices that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:all`` stands for.
+def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:
+    """Return bytes as a flat tensor of ``dtype``, without a copy."""
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype])
 
-    Raises:
-        ValueError: If there is no such device here.
-    """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return (torch.device("cpu"),)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name in {"auto", "cuda"} and count:
-        return (torch.device("cuda", 0),)
-    if name == "cuda:all" and count:
-        return tuple(torch.device("cuda", i) for i in range(count))
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and index.isdigit() and int(index) < count:
-        return (torch.device("cuda", int(index)),)
-    raise ValueError(f"device {name} is not here: found cpu" + "".join(f", cuda:{i}" for i in range(count)))
+
+def torch_device(device: Device) -> torch.device:
+    """Return torch's own device."""
+    return torch.device(str(device))

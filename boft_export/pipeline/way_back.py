@@ -11,8 +11,9 @@ from torch import Tensor
 from boft_export.linalg.bits import as_integers, from_order, to_order
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.corrections import corrections
-from boft_export.pipeline.fold import Measure, unrounded
+from boft_export.pipeline.fold import unrounded
 from boft_export.pipeline.layers import LayerCache, LayerOperator
+from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.memory import TILE_ELEMENTS
 from boft_export.pipeline.undo import Block
 from boft_export.planning import Segment, Step

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from boft_export.checkpoint.folder import open_checkpoint
+from boft_export.checkpoint.remote import local_path
 from boft_export.errors import UsageError
 from boft_export.models.inputs import Batch, FunctionalInputs, make_batches
 from boft_export.models.loading import (
@@ -29,7 +30,8 @@ from boft_export.models.loading import (
 )
 from boft_export.models.reference import Reference, load_reference
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
-from boft_export.pipeline.torch_io import resolve_devices
+from boft_export.pipeline.devices import resolve_devices
+from boft_export.pipeline.torch_io import torch_device
 from boft_export.planning import FoldPlan
 from boft_export.planning.model import Action
 from boft_export.validation.model import Check, FunctionalFacts, Number, Outcome
@@ -121,11 +123,11 @@ def compare_functional(
         ResourceError: If memory does not suffice.
     """
     try:
-        place = resolve_devices(device)[0]
+        place = torch_device(resolve_devices(device)[0])
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     checkpoint = open_checkpoint(merged)
-    folder = checkpoint.root / checkpoint.folder
+    folder = local_path(checkpoint.root, "running a model") / checkpoint.folder
     # What one model held goes back to the system before the next is loaded, on other threads.
     keep_tiles_free_chunks()
     rounding = _Rounding.of(plan, {n: t.dtype for n, t in checkpoint.tensors.items()})

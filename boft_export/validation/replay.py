@@ -12,8 +12,8 @@ from boft_export.checkpoint import FLOAT_DTYPES, Shard, TensorRef
 from boft_export.checkpoint.tensors import FileBytes
 from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.pipeline.engine import Engine, replay_plan
-from boft_export.pipeline.fold import Measure
 from boft_export.pipeline.hashing import InputHashes
+from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.torch_io import TORCH_DTYPES, as_bytes, read_bytes
 from boft_export.planning import Action, FoldPlan, TensorPlan

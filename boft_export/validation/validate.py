@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint
+from boft_export.checkpoint.remote import AnyPath, local_path
 from boft_export.errors import (
     DamagedFileError,
     InputError,
@@ -18,14 +17,13 @@ from boft_export.errors import (
     UsageError,
 )
 from boft_export.models.inputs import FunctionalInputs
-from boft_export.pipeline.engine import Engine
+from boft_export.pipeline.devices import Device, resolve_devices
+from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine
 from boft_export.pipeline.hashing import InputHashes
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.prepare import fit_memory
 from boft_export.pipeline.recorded import MANIFEST_NAME, Recorded, read_manifest
-from boft_export.pipeline.run import COMPUTE_DTYPES
-from boft_export.pipeline.torch_io import resolve_devices
 from boft_export.planning import FoldPlan, SourcedAdapter, make_plan
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.names import matched_names
@@ -112,7 +110,7 @@ def validate(
         elif functional is not None:
             limits = asked.thresholds
             bounds = FunctionalLimits(limits.functional_factor, limits.max_kl, limits.min_top1, limits.min_cosine)
-            facts, checks = check_functional(plan, other.root, functional, bounds, device=device)
+            facts, checks = check_functional(plan, local_path(other.root, "running a model"), functional, bounds, device=device)
             found.functional = facts
             found.checks += checks
     elif other is not None and not refs and checkpoint is not None:
@@ -273,7 +271,7 @@ def _check_merge(plan: FoldPlan, merged: Checkpoint, policy: Policy, means: _Mea
     return whole
 
 
-def _read_manifest(folder: Path, found: _Found) -> Recorded | None:
+def _read_manifest(folder: AnyPath, found: _Found) -> Recorded | None:
     try:
         return read_manifest(folder)
     except InputError as error:
@@ -325,7 +323,7 @@ def _check_onnx(
     found.checks += check_graphs(plan, folder, recorded, course, engine, policy.thresholds, means.device)
 
 
-def _devices(means: _Means) -> tuple[torch.device, ...]:
+def _devices(means: _Means) -> tuple[Device, ...]:
     try:
         return resolve_devices(means.device)
     except ValueError as error:
@@ -334,16 +332,16 @@ def _devices(means: _Means) -> tuple[torch.device, ...]:
 
 def _as_recorded(
     plan: FoldPlan, recorded: Recorded | None, commands: tuple[str, ...] = ("merge", "interpolate")
-) -> tuple[Course, torch.dtype, list[Check]]:
+) -> tuple[Course, str, list[Check]]:
     """Return how far the merge went, and in which arithmetic, by its manifest; all the way in float64 without one."""
     everything = Interpolation()
     if recorded is None:
-        return everything.course(plan), torch.float64, []
+        return everything.course(plan), "float64", []
     if recorded.command not in commands or recorded.compute_dtype not in COMPUTE_DTYPES:
         message = f"it was written by {recorded.command} in {recorded.compute_dtype}, not by {' or '.join(commands)}"
         check = Check("manifest", MANIFEST_NAME, Outcome.FAIL, message, finding="no-merge")
-        return everything.course(plan), torch.float64, [check]
-    compute = COMPUTE_DTYPES[recorded.compute_dtype]
+        return everything.course(plan), "float64", [check]
+    compute = recorded.compute_dtype
     try:
         course = recorded.interpolation.course(plan)
     except (UsageError, InputError) as error:
