@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from boft_export.checkpoint.pickle_file import read_pickle
+from boft_export.checkpoint.remote import AnyPath, RemotePath, lies_in
 from boft_export.checkpoint.safetensors_file import WeightFile, read_safetensors
 from boft_export.checkpoint.tensors import TensorRef
 from boft_export.errors import AccessError, DamagedFileError, InputError, Level, Notice
@@ -51,7 +52,7 @@ class Checkpoint:
         repo_id: That repository.
     """
 
-    root: Path
+    root: AnyPath
     folder: PurePosixPath
     files: tuple[WeightFile, ...]
     index_metadata: Mapping[str, Any]
@@ -95,7 +96,7 @@ class Checkpoint:
         return notices
 
 
-def parse_json_object(text: str, path: Path) -> dict[str, Any]:
+def parse_json_object(text: str, path: AnyPath) -> dict[str, Any]:
     """Return the JSON object in ``text``; ``path`` is for the message.
 
     Raises:
@@ -110,7 +111,7 @@ def parse_json_object(text: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     """Return a text file's content.
 
     Raises:
@@ -125,7 +126,18 @@ def read_text(path: Path) -> str:
         raise DamagedFileError(f"{path} is not UTF-8 text.") from error
 
 
-def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
+def below(path: AnyPath, folder: AnyPath) -> PurePosixPath:
+    """Return where ``path`` is in ``folder``.
+
+    Raises:
+        ValueError: If it is not in it.
+    """
+    if isinstance(path, RemotePath) and isinstance(folder, RemotePath):
+        return path.relative_to(folder)
+    return PurePosixPath(Path(path).relative_to(folder).as_posix())
+
+
+def open_checkpoint(path: AnyPath, *, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint by its headers: a folder, or one weight file.
 
     Raises:
@@ -142,7 +154,7 @@ def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | N
     weights = _find_weights(path / folder)
     files, index_metadata = _read_weights(weights, path)
     config = path / folder / "config.json"
-    own = {PurePosixPath(f.name) for f in files} | {PurePosixPath(weights.relative_to(path).as_posix())}
+    own = {PurePosixPath(f.name) for f in files} | {below(weights, path)}
     side: list[PurePosixPath] = []
     stale: list[PurePosixPath] = []
     for file in _walk(path):
@@ -167,7 +179,7 @@ def open_checkpoint(path: Path, *, repo_id: str | None = None, revision: str | N
     )
 
 
-def read_weight_file(path: Path, name: str | None = None) -> WeightFile:
+def read_weight_file(path: AnyPath, name: str | None = None) -> WeightFile:
     """Read the header of one weight file, by its suffix.
 
     Raises:
@@ -180,7 +192,7 @@ def read_weight_file(path: Path, name: str | None = None) -> WeightFile:
     raise InputError(f"{path} is not a weight file: expected .safetensors, .bin or .pt.")
 
 
-def _weights_folder(root: Path) -> PurePosixPath:
+def _weights_folder(root: AnyPath) -> PurePosixPath:
     """Return where in ``root`` the weights lie: a sentence-transformers tree may keep them in its first module."""
     modules = root / "modules.json"
     if any((root / n).is_file() for n in _WEIGHT_NAMES) or not modules.is_file():
@@ -195,7 +207,7 @@ def _weights_folder(root: Path) -> PurePosixPath:
     return folder
 
 
-def _find_weights(folder: Path) -> Path:
+def _find_weights(folder: AnyPath) -> AnyPath:
     """Return the weight file, or the index, that loaders would take."""
     for name in _WEIGHT_NAMES:
         if (folder / name).is_file():
@@ -217,11 +229,11 @@ def _find_weights(folder: Path) -> Path:
     )
 
 
-def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Mapping[str, Any]]:
+def _read_weights(weights: AnyPath, root: AnyPath) -> tuple[tuple[WeightFile, ...], Mapping[str, Any]]:
     """Read one weight file, or all that an index names."""
 
-    def relative(path: Path) -> str:
-        return path.relative_to(root).as_posix()
+    def relative(path: AnyPath) -> str:
+        return below(path, root).as_posix()
 
     if weights.suffix != ".json":
         return (read_weight_file(weights, relative(weights)),), {}
@@ -255,31 +267,36 @@ def _read_weights(weights: Path, root: Path) -> tuple[tuple[WeightFile, ...], Ma
     return tuple(files), metadata if isinstance(metadata, dict) else {}
 
 
-def _walk(root: Path) -> Iterator[PurePosixPath]:
+def _walk(root: AnyPath) -> Iterator[PurePosixPath]:
     """Yield all files below ``root`` in a fixed order, also in linked folders, and links to files that are missing.
 
     What is neither, such as a pipe, belongs to no checkpoint.
     """
 
-    def walk(folder: Path, above: tuple[Path, ...]) -> Iterator[PurePosixPath]:
+    def walk(folder: AnyPath, above: tuple[AnyPath, ...]) -> Iterator[PurePosixPath]:
         folders = []
-        for path in sorted(folder.iterdir()):
+        for path in _listed(folder):
             if path.is_dir():
                 folders.append(path)
             elif path.is_file() or (path.is_symlink() and not path.exists()):
-                yield PurePosixPath(path.relative_to(root).as_posix())
+                yield below(path, root)
         for path in folders:
             if path.name in _IGNORED_FOLDERS or _TRAINER_FOLDERS.match(path.name):
                 continue
             real = path.resolve()
             # A link to where we come from would lead here again and again.
-            if not any(a.is_relative_to(real) for a in above):
+            if not any(lies_in(a, real) for a in above):
                 yield from walk(path, (*above, real))
 
     try:
         yield from walk(root, (root.resolve(),))
     except OSError as error:
         raise AccessError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+
+def _listed(folder: AnyPath) -> Sequence[AnyPath]:
+    """Return what lies in a folder, in the order of names."""
+    return list(folder.iterdir()) if isinstance(folder, RemotePath) else sorted(folder.iterdir())
 
 
 def is_stale_weight(file: PurePosixPath, folder: PurePosixPath) -> bool:

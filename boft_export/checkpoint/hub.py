@@ -1,4 +1,4 @@
-"""Finding an input: a local path, or a repository on the Hugging Face Hub."""
+"""Finding an input: a local path, a URL, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint.folder import is_stale_weight
+from boft_export.checkpoint.remote import AnyPath, RemotePath, is_url, parse_path
 from boft_export.errors import AccessError, UsageError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?$")
@@ -15,9 +16,9 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<rev
 
 @dataclass(frozen=True)
 class Located:
-    """An input on disk, with where on the Hub it came from."""
+    """An input on disk or at a URL, with where on the Hub it came from."""
 
-    path: Path
+    path: AnyPath
     repo_id: str | None = None
     revision: str | None = None
 
@@ -33,7 +34,7 @@ def locate(
     """Return where ``ref`` is on disk, downloading it from the Hub into its usual cache where it is not local.
 
     Args:
-        ref: An existing local path (which wins), or ``org/name``, ``org/name/folder``, ``org/name@revision``.
+        ref: An existing local path (which wins), a URL, or ``org/name``, ``org/name/folder``, ``org/name@revision``.
         revision: A branch, tag or commit; as ``@revision`` in ``ref``.
         subfolder: The folder inside of it to take.
         offline: Take only what is in the cache.
@@ -44,6 +45,12 @@ def locate(
         AccessError: If the Hub does not give it.
     """
     inside = _inside(subfolder)
+    if is_url(ref):
+        place = parse_path(ref)
+        if isinstance(place, RemotePath):
+            place.refresh()
+            return Located(place / inside if inside.parts else place)
+        ref = str(place)
     try:
         path = Path(ref).expanduser()
         local = path.exists()

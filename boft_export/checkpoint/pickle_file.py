@@ -7,13 +7,13 @@ import contextlib
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from boft_export.checkpoint.dtypes import DTYPE_OF_NAME
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.checkpoint.safetensors_file import WeightFile
-from boft_export.checkpoint.tensors import FileBytes, HeldBytes, TensorRef
-from boft_export.errors import AccessError, DamagedFileError, InputError
+from boft_export.checkpoint.tensors import HeldBytes, TensorRef, bytes_at
+from boft_export.errors import AccessError, BoftExportError, DamagedFileError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _ADVICE = ("Weights only load failed", "WeightsUnpickler error: ")
 
 
-def read_pickle(path: Path, name: str | None = None) -> WeightFile:
+def read_pickle(path: AnyPath, name: str | None = None) -> WeightFile:
     """Read the names, dtypes, shapes and byte offsets of a state dict that ``torch.save`` wrote.
 
     Only ``weights_only`` loading is used, and for today's zip form no tensor data is read: loaded under fake tensors,
@@ -53,9 +53,9 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
         bounds = _record_bounds(path) if zipped else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with FakeTensorMode() if bounds is not None else contextlib.nullcontext():
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+            with path.open("rb") as file, FakeTensorMode() if bounds is not None else contextlib.nullcontext():
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except (MemoryError, BoftExportError):
         raise
     except Exception as error:  # A damaged pickle fails in as many ways as there are instructions in it.
         raise DamagedFileError(
@@ -80,9 +80,9 @@ def _reason(error: Exception) -> str:
     return next((line for line in lines if line and not line.startswith(start)), type(error).__name__)
 
 
-def _record_bounds(path: Path) -> list[int] | None:
+def _record_bounds(path: AnyPath) -> list[int] | None:
     """Return where the records of a zip begin, and where the last ends; None if their bytes aren't the tensors' own."""
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         order = next((archive.read(r) for r in records if r.filename.endswith("/byteorder")), sys.byteorder.encode())
         if order != sys.byteorder.encode() or any(r.compress_type != zipfile.ZIP_STORED for r in records):
@@ -90,7 +90,7 @@ def _record_bounds(path: Path) -> list[int] | None:
         return sorted([*(r.header_offset for r in records), archive.start_dir])
 
 
-def _ref(path: Path, label: str, key: str, tensor: torch.Tensor, bounds: list[int] | None) -> TensorRef:
+def _ref(path: AnyPath, label: str, key: str, tensor: torch.Tensor, bounds: list[int] | None) -> TensorRef:
     dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
     strided = str(tensor.layout) == "torch.strided" and tensor.is_contiguous()
     if dtype is None or not strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
@@ -107,7 +107,7 @@ def _ref(path: Path, label: str, key: str, tensor: torch.Tensor, bounds: list[in
         end = start + tensor.untyped_storage().nbytes()
         if bisect.bisect_left(bounds, start) != bisect.bisect_left(bounds, end):
             raise DamagedFileError(f"{path}: the record of tensor {key} is shorter than the tensor.")
-        return TensorRef(key, dtype, shape, FileBytes(path, offset), label)
+        return TensorRef(key, dtype, shape, bytes_at(path, offset), label)
     import torch
 
     flat = tensor.detach().reshape(-1).view(torch.uint8)

@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
-from boft_export.checkpoint.tensors import FileBytes, TensorRef, tensor_bytes
+from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.tensors import TensorRef, bytes_at, tensor_bytes
 from boft_export.errors import AccessError, DamagedFileError
 
 # The limit of the format's reference reader.
@@ -23,13 +23,13 @@ _MAX_NUMBER = 2**63 - 1
 class WeightFile:
     """One file of weights: its tensors in the order of their bytes, and its metadata."""
 
-    path: Path
+    path: AnyPath
     name: str
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str]
 
 
-def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
+def read_safetensors(path: AnyPath, name: str | None = None) -> WeightFile:
     """Read the header of a safetensors file and check it against the file.
 
     Args:
@@ -49,11 +49,10 @@ def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
 
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise damaged(f"its header claims {length:,} bytes, the file has {size:,}")
-            raw = file.read(length)
+        length = int.from_bytes(_read(path, 0, min(8, size)), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise damaged(f"its header claims {length:,} bytes, the file has {size:,}")
+        raw = _read(path, 8, length)
     except OSError as error:
         raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
     try:
@@ -75,12 +74,18 @@ def read_safetensors(path: Path, name: str | None = None) -> WeightFile:
     for tensor, dtype, shape, begin, end in entries:
         if begin != position:
             raise damaged(f"tensor {tensor} should begin at byte {position:,}, the header says {begin:,}")
-        tensors.append(TensorRef(tensor, dtype, shape, FileBytes(path, start_of_data + begin), label))
+        tensors.append(TensorRef(tensor, dtype, shape, bytes_at(path, start_of_data + begin), label))
         position = end
     if start_of_data + position != size:
         kind = "truncated" if start_of_data + position > size else "longer than its header says"
         raise damaged(f"it is {kind}: {start_of_data + position:,} bytes expected, {size:,} found")
     return WeightFile(path, label, tuple(tensors), metadata)
+
+
+def _read(path: AnyPath, start: int, size: int) -> bytes:
+    data = bytearray(size)
+    bytes_at(path, start).read_into(memoryview(data), 0)
+    return bytes(data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from boft_export.checkpoint.remote import AnyPath, RemotePath
 from boft_export.errors import AccessError, ResourceError, UsageError
 
 _JOURNAL = "journal.jsonl"
@@ -28,7 +29,7 @@ _RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
-def file_system_errors(path: Path) -> Iterator[None]:
+def file_system_errors(path: AnyPath) -> Iterator[None]:
     """Turn the operating system's errors on ``path`` into ours: a full disk is a lack of resources."""
     try:
         yield
@@ -78,7 +79,8 @@ class Staging:
 
     def __init__(self, output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         check_output(output, overwrite=overwrite)
-        self.output = output = _place(output)
+        self._place = output = _place(output)
+        self.output: AnyPath = output
         self.root = output.parent / f".{output.name}.boft-export"
         self.files = self.root / _FILES
         self.done: dict[str, Mapping[str, Any]] = {}
@@ -157,23 +159,23 @@ class Staging:
 
     def publish(self) -> None:
         """Put the folder in its place in one step, and forget the journal."""
-        with file_system_errors(self.output):
+        with file_system_errors(self._place):
             for folder in [p for p in self.files.rglob("*") if p.is_dir()] + [self.files]:
                 _sync_folder(folder)
-            if self.output.is_dir() and any(self.output.iterdir()):
+            if self._place.is_dir() and any(self._place.iterdir()):
                 # What is replaced comes to lie where the finished files were: no later run may take it for them.
                 journal = self.root / _JOURNAL
                 aside = journal.rename(self.root / f"{_JOURNAL}.aside")
                 try:
-                    _exchange(self.files, self.output)
+                    _exchange(self.files, self._place)
                 except OSError:
                     aside.rename(journal)
                     raise
             else:
-                self.files.replace(self.output)
+                self.files.replace(self._place)
         # The output is there: that its name may not outlast a power failure is no reason to call the run failed.
         with contextlib.suppress(OSError):
-            _sync_folder(self.output.parent)
+            _sync_folder(self._place.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -186,12 +188,17 @@ class Staging:
         self._lock.close()
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: AnyPath, *, overwrite: bool) -> None:
     """Refuse an output that may not be written.
 
     Raises:
         UsageError: If it is a file, a folder that can't be replaced, or one with content and ``overwrite`` is off.
     """
+    if isinstance(output, RemotePath):
+        from boft_export.checkpoint.remote_staging import check_remote_output
+
+        check_remote_output(output, overwrite=overwrite)
+        return
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} exists and is not a folder.", hint="Choose another -o.")
     real = Path(os.path.realpath(output))
@@ -204,8 +211,25 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{output} exists.", hint="Choose another -o, or replace it with --overwrite.")
 
 
-def free_bytes(folder: Path) -> int:
-    """Return the free space where ``folder`` is, or will be."""
+def open_staging(output: AnyPath, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> Staging:
+    """Begin a folder, on disk or on a remote file system.
+
+    Args: see ``Staging``.
+
+    Raises:
+        BoftExportError: As ``Staging`` and ``RemoteStaging`` do.
+    """
+    if not isinstance(output, RemotePath):
+        return Staging(output, fingerprint, resume=resume, overwrite=overwrite)
+    from boft_export.checkpoint.remote_staging import RemoteStaging
+
+    return RemoteStaging(output, fingerprint, resume=resume, overwrite=overwrite)
+
+
+def free_bytes(folder: AnyPath) -> int:
+    """Return the free space where ``folder`` is, or will be; a store has no end."""
+    if isinstance(folder, RemotePath):
+        return sys.maxsize
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

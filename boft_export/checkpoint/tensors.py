@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
+from boft_export.checkpoint.remote import AnyPath, RemoteBytes, RemotePath
 from boft_export.errors import AccessError, DamagedFileError
 
 
@@ -46,6 +47,15 @@ class FileBytes:
                 os.close(fd)
         except OSError as error:
             raise AccessError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+# Bytes that are a range of a file, with its ``path`` and the range's ``offset``.
+BytesInFile = FileBytes | RemoteBytes
+
+
+def bytes_at(path: AnyPath, offset: int) -> BytesInFile:
+    """Return the bytes of a file, local or remote, from ``offset`` on."""
+    return RemoteBytes(path, offset) if isinstance(path, RemotePath) else FileBytes(path, offset)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ def _measure(out: Output, result: InterpolationResult) -> PathReport:
 
 
 def _evaluate(out: Output, script: Path, result: InterpolationResult) -> Sequence[Figures | None]:
+    from boft_export.checkpoint.remote import local_path
     from boft_export.pipeline.evaluation import evaluate
 
     with out.progress("evaluating", "outputs") as progress, stdout_to_stderr():
-        return evaluate(script, [o.folder for o in result.outputs], progress)
+        return evaluate(script, [local_path(o.folder, "--eval") for o in result.outputs], progress)

@@ -153,16 +153,17 @@ def command(
         _show(out, document)
 
 
-def _write_nothing(out: Output, model: str, adapters: Sequence[str], output: Path, asked: Mapping[str, Any]) -> None:
+def _write_nothing(out: Output, model: str, adapters: Sequence[str], output: str, asked: Mapping[str, Any]) -> None:
     """Plan and check an export, and print what it would do."""
     from boft_export.checkpoint import free_bytes
+    from boft_export.checkpoint.remote import parse_path
     from boft_export.onnx.export import plan_export
     from boft_export.planning.sizes import format_size
     from boft_export.report.export_report import export_plan_document
 
     ready, task = plan_export(model, adapters, output, **asked)
     out.notices(ready.plan.notices)
-    document = export_plan_document(ready.plan, task.name, str(output), ready.memory.peak, free_bytes(output))
+    document = export_plan_document(ready.plan, task.name, output, ready.memory.peak, free_bytes(parse_path(output)))
     out.document(document)
     show_changes(out, document)
     layers = f"{document['layers']['applied']} of {document['layers']['expected']} adapter layers"

@@ -52,15 +52,23 @@ class ConvView(StrEnum):
 Base = Annotated[
     str,
     typer.Argument(
-        help="Base checkpoint: a folder, a file or a Hub id; '-' for the one the adapter names.", metavar="BASE"
+        help="Base checkpoint: a folder, a file, a URL or a Hub id; '-' for the one the adapter names.", metavar="BASE"
     ),
 ]
-Adapter = Annotated[str, typer.Argument(help="Adapter: a folder, a file or a Hub id.", metavar="ADAPTER")]
+Adapter = Annotated[str, typer.Argument(help="Adapter: a folder, a file, a URL or a Hub id.", metavar="ADAPTER")]
 Adapters = Annotated[
     list[str],
-    typer.Argument(help="Adapters: folders, files or Hub ids; applied in the order given.", metavar="ADAPTER"),
+    typer.Argument(help="Adapters: folders, files, URLs or Hub ids; applied in the order given.", metavar="ADAPTER"),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it appears only when it is complete.")]
+Output = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder to write, or its URL; it appears only when it is complete.",
+        metavar="PATH",
+    ),
+]
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:N or cuda:all.", metavar="DEVICE", rich_help_panel=_RUN)
 ]

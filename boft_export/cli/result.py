@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from boft_export.cli.output import Output
@@ -20,12 +19,13 @@ def write_nothing(
     out: Output,
     base: str,
     adapters: Sequence[str],
-    output: Path,
+    output: str,
     interpolation: Interpolation,
     options: RunOptions,
 ) -> None:
     """Plan and check a run, and print what it would do."""
     from boft_export.checkpoint import free_bytes
+    from boft_export.checkpoint.remote import parse_path
     from boft_export.pipeline.prepare import prepare
     from boft_export.planning.inspection import group_name
     from boft_export.planning.sizes import format_size
@@ -34,7 +34,7 @@ def write_nothing(
     device_type = "cuda" if options.device.startswith("cuda") else "cpu"
     ready = prepare(base, adapters, output, interpolation, options, device_type)
     out.notices(ready.plan.notices)
-    document = plan_document(ready.plan, ready.course, str(output), ready.memory.peak, free_bytes(output))
+    document = plan_document(ready.plan, ready.course, output, ready.memory.peak, free_bytes(parse_path(output)))
     out.document(document)
     _show_tensors(out, document["tensors"])
     show_changes(out, document)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -95,10 +94,11 @@ def command(
 
 
 def _write_nothing(
-    out: Output, merged: str, adapters: Sequence[str], output: Path, options: RunOptions, replaced: Mapping[str, Any]
+    out: Output, merged: str, adapters: Sequence[str], output: str, options: RunOptions, replaced: Mapping[str, Any]
 ) -> None:
     """Plan and check, and print what would be done."""
     from boft_export.checkpoint import free_bytes
+    from boft_export.checkpoint.remote import parse_path
     from boft_export.pipeline.unmerge_plan import prepare_unmerge
     from boft_export.planning.sizes import format_size
     from boft_export.report.merge_report import plan_document
@@ -106,7 +106,7 @@ def _write_nothing(
     device_type = "cuda" if options.device.startswith("cuda") else "cpu"
     undo, ready = prepare_unmerge(merged, adapters, output, options, device_type, **replaced)
     out.notices(undo.plan.notices)
-    document = plan_document(undo.plan, undo.course, str(output), ready.memory.peak, free_bytes(output))
+    document = plan_document(undo.plan, undo.course, str(output), ready.memory.peak, free_bytes(parse_path(output)))
     document["merged"] = document.pop("base")
     out.document(document)
     _table(out, document["tensors"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging
-from boft_export.checkpoint.remote import local_path
+from boft_export.checkpoint.remote import local_path, parse_path
 from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers
@@ -180,7 +180,7 @@ def plan_export(
         asked = _as_in(graphs, asked, output)
     ready = prepare_export(model, adapters, output, _request(alpha, path, alpha_map), asked, device)
     with quiet_transformers():
-        task = find_task(plan_config(ready.plan), asked.task, ready.local_path(plan.base.root, "ONNX export"))
+        task = find_task(plan_config(ready.plan), asked.task, local_path(ready.plan.base.root, "ONNX export"))
         if graphs is None:
             build_skeleton(ready.plan, task, graph_dtype(ready.plan))
         else:
@@ -233,6 +233,7 @@ def _prepared(
     options: ExportOptions,
     device_type: str,
 ) -> Prepared:
+    local_path(parse_path(output), "ONNX export")
     if adapters:
         return prepare(model, adapters, output, request, options, device_type)
     if model is None or os.fspath(model) == "-":
@@ -296,7 +297,8 @@ def _carry_out(
     }
     fingerprint = plan.fingerprint(settings)
     metadata = card_metadata(plan, "onnx")
-    staging = Staging(ready.output, fingerprint, overwrite=options.overwrite)
+    target = local_path(ready.output, "ONNX export")
+    staging = Staging(target, fingerprint, overwrite=options.overwrite)
     try:
         folder = staging.files / plan.base.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +339,7 @@ def _carry_out(
         # Nothing of it could be taken up again.
         staging.discard()
         raise
-    return ExportResult(ready.output, plan, task.name, made.graphs, verified.agreements, record)
+    return ExportResult(target, plan, task.name, made.graphs, verified.agreements, record)
 
 
 def _record(folder: Path) -> dict[str, RecordedFile]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boft_export.checkpoint import Staging, free_bytes
+from boft_export.checkpoint.remote import local_path
 from boft_export.errors import InputError, Level, Notice, ResourceError
 from boft_export.models.loading import model_errors
 from boft_export.onnx.exporters import EXPORTERS, ForeignExporter
@@ -87,8 +88,9 @@ def _by_another(plan: FoldPlan, task: Task, exporter: ForeignExporter, job: Job)
     inputs |= {f"adapter-{i}/{n}": h for i, a in enumerate(made["adapters"]) for n, h in a["sha256"].items()}
     metadata = graph_metadata(plan, inputs, task.name)
     phases(job.options.progress)(f"exporting with {exporter.package}")
-    graphs = exporter.export(merged.output / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
-    shutil.rmtree(merged.output)
+    folder = local_path(merged.output, "ONNX export")
+    graphs = exporter.export(folder / plan.base.folder, job.folder, task.name, job.options.variant, metadata)
+    shutil.rmtree(folder)
     plan = replace(plan, notices=(*exporter.notices, *plan.notices))
     return MadeGraphs(plan, merged.outputs[0], inputs, _below(plan, graphs))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
-from boft_export.checkpoint.tensors import FileBytes
+from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.tensors import bytes_at
 from boft_export.errors import AccessError
 
 _PIECE = 4 << 20
@@ -21,11 +21,11 @@ class InputHashes:
         files: Name in the manifest and path of each file.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, AnyPath]) -> None:
         self._files = dict(files)
         self._state = {path: (hashlib.sha256(), 0) for path in files.values()}
 
-    def feed(self, path: Path, offset: int, data: memoryview) -> None:
+    def feed(self, path: AnyPath, offset: int, data: memoryview) -> None:
         """Take note of ``data``, the bytes of ``path`` from ``offset`` on."""
         state = self._state.get(path)
         if state is None or offset < state[1]:
@@ -35,11 +35,11 @@ class InputHashes:
         digest.update(data)
         self._state[path] = (digest, position + len(data))
 
-    def _advance(self, path: Path, stop: int) -> None:
+    def _advance(self, path: AnyPath, stop: int) -> None:
         digest, position = self._state[path]
         while position < stop:
             buffer = memoryview(bytearray(min(_PIECE, stop - position)))
-            FileBytes(path, position).read_into(buffer, 0)
+            bytes_at(path, position).read_into(buffer, 0)
             digest.update(buffer)
             position += len(buffer)
         self._state[path] = (digest, position)
@@ -60,7 +60,7 @@ class InputHashes:
         return {name: self._state[path][0].hexdigest() for name, path in self._files.items()}
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: AnyPath) -> str:
     """Return a file's SHA-256.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.linalg.path import InterpolationPath
 from boft_export.pipeline.engine import TensorResult
 from boft_export.pipeline.options import Progress, RunOptions
@@ -28,7 +28,7 @@ class InterpolatedOutput:
         manifest: The content of the folder's ``boft_export.json``.
     """
 
-    folder: Path
+    folder: AnyPath
     strength: Strength
     tensors: tuple[TensorResult, ...]
     manifest: dict[str, Any]
@@ -46,7 +46,7 @@ class InterpolationResult:
         resumed: Weight files taken over from a killed run.
     """
 
-    output: Path
+    output: AnyPath
     plan: FoldPlan
     course: Course
     outputs: tuple[InterpolatedOutput, ...]

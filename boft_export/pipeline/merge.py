@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.pipeline.engine import TensorResult
 from boft_export.pipeline.options import MergeOptions, Progress
 from boft_export.pipeline.run import run
@@ -27,7 +27,7 @@ class MergeResult:
         manifest: The content of the folder's ``boft_export.json``.
     """
 
-    output: Path
+    output: AnyPath
     plan: FoldPlan
     tensors: tuple[TensorResult, ...]
     resumed: tuple[str, ...]

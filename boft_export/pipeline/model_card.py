@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from boft_export.checkpoint.remote import AnyPath, RemotePath
 from boft_export.errors import Level
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.alphas import number_text
@@ -89,12 +92,11 @@ def base_id(plan: FoldPlan) -> str | None:
 
 def _base_metadata(plan: FoldPlan) -> dict[str, Any]:
     """Return what of the base's card is kept; a card that can't be read has nothing to keep."""
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     card = plan.base.root / "README.md"
     try:
-        found = metadata_load(card) if card.is_file() else None
+        found = _load(card) if card.is_file() else None
     except (OSError, UnicodeDecodeError, ValueError, YAMLError):
         found = None
     kept = {k: v for k, v in (found or {}).items() if k in _KEPT and v}
@@ -102,3 +104,15 @@ def _base_metadata(plan: FoldPlan) -> dict[str, Any]:
     if isinstance(tags, list):
         kept["tags"] = [t for t in tags if isinstance(t, str)]
     return kept
+
+
+def _load(card: AnyPath) -> Any:  # noqa: ANN401  # it is checked by whoever asks
+    """Return a card's metadata."""
+    from huggingface_hub import metadata_load
+
+    if not isinstance(card, RemotePath):
+        return metadata_load(card)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / card.name
+        copy.write_bytes(card.read_bytes())
+        return metadata_load(copy)

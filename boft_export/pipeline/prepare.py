@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
+from boft_export.checkpoint.remote import AnyPath, lies_in, parse_path
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
 from boft_export.pipeline.options import MergeOptions, RunOptions
@@ -33,7 +34,7 @@ class Prepared:
 
     plan: FoldPlan
     course: Course
-    output: Path
+    output: AnyPath
     memory: MemoryPlan
     jobs: int
 
@@ -98,7 +99,7 @@ def prepare(
     plan = plan_merge(
         base, adapters, dtype=options.dtype, max_shard_size=options.max_shard_size, sources=options.sources
     )
-    keep_off_inputs(Path(output), plan, base, adapters)
+    keep_off_inputs(parse_path(output), plan, base, adapters)
     raise_for_errors(plan.notices, "the adapter can't be merged into this base")
     course = interpolation.course(plan)
     plan = replace(plan, notices=(*interpolation.notices(plan), *plan.notices))
@@ -120,7 +121,7 @@ def check_options(output: Ref, options: RunOptions) -> None:
     Raises:
         UsageError: If an option can't be understood, or ``output`` may not be written.
     """
-    check_output(Path(output), overwrite=options.overwrite)
+    check_output(parse_path(output), overwrite=options.overwrite)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"{options.jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
     if options.max_memory is not None:
@@ -161,7 +162,7 @@ def fit_memory(
     while True:
         try:
             memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside)
-            return Prepared(plan, course, Path(output), memory, jobs)
+            return Prepared(plan, course, parse_path(output), memory, jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.
             if options.jobs is not None or jobs == 1:
@@ -189,7 +190,7 @@ def check_further_file(
     place = file.resolve()
     if place in {p.resolve() for p in (*ready.plan.input_files().values(), *others)}:
         raise UsageError(f"{file} is an input, and inputs are never written to.", hint="Choose another file.")
-    if place.is_relative_to(ready.output.resolve()):
+    if lies_in(place, ready.output):
         raise UsageError(f"{file} lies in the output {ready.output}.", hint="Choose a place beside it.")
     folder = next(p for p in place.parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -202,7 +203,7 @@ def _refs(base: Ref | None, adapters: Ref | Sequence[Ref]) -> list[Ref]:
     return several if base is None else [base, *several]
 
 
-def keep_off_inputs(output: Path, plan: FoldPlan, base: Ref | None, adapters: Ref | Sequence[Ref]) -> None:
+def keep_off_inputs(output: AnyPath, plan: FoldPlan, base: Ref | None, adapters: Ref | Sequence[Ref]) -> None:
     """Refuse an output that is, holds, or lies in an input's folder: inputs are never written to.
 
     Of an input that was given as one file only the file is the input, so beside it is free.
@@ -210,11 +211,12 @@ def keep_off_inputs(output: Path, plan: FoldPlan, base: Ref | None, adapters: Re
     Raises:
         UsageError: If it is.
     """
-    shared = {Path(r).parent.resolve() for r in _refs(base, adapters) if Path(r).is_file()}
+    named = [parse_path(r) for r in _refs(base, adapters)]
+    shared = {p.parent.resolve() for p in named if p.is_file()}
     target = output.resolve()
     for name, folder in (("base", plan.base.root), *(("adapter", a.root) for a in plan.adapters)):
         root = folder.resolve()
-        if root.is_relative_to(target) or (target.is_relative_to(root) and root not in shared):
+        if lies_in(root, target) or (lies_in(target, root) and root not in shared):
             raise UsageError(
                 f"{output} would write into the {name}'s folder {folder}.", hint="Choose a folder apart from both."
             )

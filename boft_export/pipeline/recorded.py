@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from boft_export.checkpoint import Checkpoint
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.folder import parse_json_object, read_text
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.errors import AccessError, DamagedFileError, InputError, UsageError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.planning import Action
@@ -124,7 +125,7 @@ def read_recorded(checkpoint: Checkpoint) -> Recorded | None:
     return read_manifest(checkpoint.root)
 
 
-def read_manifest(folder: Path) -> Recorded | None:
+def read_manifest(folder: AnyPath) -> Recorded | None:
     """Read a folder's ``boft_export.json``; None where it has none.
 
     Raises:
@@ -167,7 +168,7 @@ def read_manifest(folder: Path) -> Recorded | None:
 class _Part:
     """An object in a manifest that knows where it is, so that what is wrong in it can be said."""
 
-    def __init__(self, value: object, path: Path, where: str = "") -> None:
+    def __init__(self, value: object, path: AnyPath, where: str = "") -> None:
         self._path = path
         self._where = where
         if not isinstance(value, dict):

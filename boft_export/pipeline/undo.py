@@ -18,7 +18,8 @@ from typing import IO, Any
 from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, TensorRef
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.folder import read_text
-from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
+from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.tensors import bytes_at, tensor_bytes
 from boft_export.errors import AccessError, DamagedFileError
 from boft_export.pipeline.recorded import Recorded, RecordedFile, check_shape
 from boft_export.planning import TensorPlan
@@ -65,14 +66,14 @@ class UndoTensor:
     shape: tuple[int, ...] = ()
     offset: int = 0
     blocks: tuple[tuple[int, int, int], ...] | None = None
-    path: Path = Path()
+    path: AnyPath = Path()
 
     @property
     def whole(self) -> TensorRef | None:
         """The base's tensor, where the file holds it whole."""
         if self.name is None or self.blocks is not None:
             return None
-        return TensorRef(self.name, self.dtype, self.shape, FileBytes(self.path, self.offset), self.path.name)
+        return TensorRef(self.name, self.dtype, self.shape, bytes_at(self.path, self.offset), self.path.name)
 
     def read(self, start: int, stop: int) -> list[tuple[int, int, bytes]]:
         """Return the blocks for elements ``start`` to ``stop``: first element, number of elements, and bytes of each.
@@ -87,7 +88,7 @@ class UndoTensor:
         for (first, count, size), offset in zip(blocks, offsets, strict=False):
             if first < stop and start < first + count:
                 data = bytearray(size)
-                FileBytes(self.path, offset).read_into(memoryview(data), 0)
+                bytes_at(self.path, offset).read_into(memoryview(data), 0)
                 found.append((first, count, bytes(data)))
         return found
 
@@ -116,7 +117,7 @@ class UndoWriter:
         base: The base's weight file of the same name; None where it has none.
     """
 
-    def __init__(self, file: IO[bytes], tensors: Sequence[TensorPlan], base: Path | None) -> None:
+    def __init__(self, file: IO[bytes], tensors: Sequence[TensorPlan], base: AnyPath | None) -> None:
         self._file = file
         self._next = iter(tensors)
         self._current = ""
@@ -196,16 +197,16 @@ def read_record(checkpoint: Checkpoint, recorded: Recorded) -> UndoRecord | None
     return UndoRecord(tensors, headers, config)
 
 
-def _header(file: Path) -> str:
+def _header(file: AnyPath) -> str:
     """Return the header of a safetensors file."""
     length = bytearray(_LENGTH)
-    FileBytes(file, 0).read_into(memoryview(length), 0)
+    bytes_at(file, 0).read_into(memoryview(length), 0)
     text = bytearray(int.from_bytes(length, "little"))
-    FileBytes(file, _LENGTH).read_into(memoryview(text), 0)
+    bytes_at(file, _LENGTH).read_into(memoryview(text), 0)
     return text.decode()
 
 
-def _check_digest(path: Path, told: RecordedFile) -> None:
+def _check_digest(path: AnyPath, told: RecordedFile) -> None:
     hint = "Copy the whole folder again, or remove the folder to go without."
     digest = hashlib.sha256()
     try:
@@ -225,10 +226,10 @@ def _check_digest(path: Path, told: RecordedFile) -> None:
         )
 
 
-def _read_index(path: Path, nbytes: int) -> tuple[bytes | None, dict[str, UndoTensor]]:
+def _read_index(path: AnyPath, nbytes: int) -> tuple[bytes | None, dict[str, UndoTensor]]:
     def read(start: int, stop: int) -> bytes:
         data = bytearray(stop - start)
-        FileBytes(path, start).read_into(memoryview(data), 0)
+        bytes_at(path, start).read_into(memoryview(data), 0)
         return bytes(data)
 
     try:
@@ -246,7 +247,7 @@ def _read_index(path: Path, nbytes: int) -> tuple[bytes | None, dict[str, UndoTe
         raise DamagedFileError(f"{path} is not a sound file that undoes a merge: {error}.") from error
 
 
-def _tensor(entry: Any, path: Path, end: int) -> UndoTensor:  # noqa: ANN401  # it is checked here
+def _tensor(entry: Any, path: AnyPath, end: int) -> UndoTensor:  # noqa: ANN401  # it is checked here
     if entry is None:
         return UndoTensor(None)
     name, dtype, offset = entry["name"], entry["dtype"], entry["offset"]

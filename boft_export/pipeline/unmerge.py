@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from boft_export.checkpoint import TensorRef
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.errors import CheckFailedError, DamagedFileError, InputError, Level, Notice, raise_for_errors
 from boft_export.linalg.bits import as_integers
 from boft_export.linalg.interpolation import interpolate_scale
@@ -49,7 +49,7 @@ class UnmergeResult:
         manifest: The content of the folder's ``boft_export.json``.
     """
 
-    output: Path
+    output: AnyPath
     plan: FoldPlan
     tensors: tuple[TensorResult, ...]
     expected: float | None

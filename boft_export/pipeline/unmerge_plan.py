@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint, Shard, TensorRef
+from boft_export.checkpoint.remote import parse_path
 from boft_export.checkpoint.tensors import tensor_bytes
 from boft_export.errors import DamagedFileError, InputError, Level, Notice, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
@@ -203,9 +203,9 @@ def prepare_unmerge(
         max_shard_size=options.max_shard_size,
         sources=options.sources,
     )
-    keep_off_inputs(Path(output), undo.plan, merged, adapters)
+    keep_off_inputs(parse_path(output), undo.plan, merged, adapters)
     if undo.base is not None:
-        keep_off_inputs(Path(output), replace(undo.plan, base=undo.base), base, adapters)
+        keep_off_inputs(parse_path(output), replace(undo.plan, base=undo.base), base, adapters)
     return undo, fit_memory(undo.plan, undo.course, output, options, device_type, way_back=True)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from boft_export.adapters import AdapterLayer, View
 from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, Shard, TensorRef
+from boft_export.checkpoint.remote import AnyPath, file_state
 from boft_export.errors import Notice
 from boft_export.planning.sourced import SourcedAdapter
 
@@ -146,7 +147,7 @@ class SideFile:
     """A file of the output that holds no weights: copied from ``source``, or written from ``text``."""
 
     name: PurePosixPath
-    source: Path | None = None
+    source: AnyPath | None = None
     text: str | None = None
 
 
@@ -203,7 +204,7 @@ class FoldPlan:
         """Return how many tensors have ``action`` done to them."""
         return sum(t.action is action for t in self.tensors)
 
-    def input_files(self) -> dict[str, Path]:
+    def input_files(self) -> dict[str, AnyPath]:
         """Return every file of weights or config that decides the output, by the name the manifest gives it."""
         files = {f"base/{f.name}": f.path for f in self.base.files}
         if self.base.config_text is not None:
@@ -217,7 +218,7 @@ class FoldPlan:
 
     def fingerprint(self, settings: dict[str, Any]) -> str:
         """Return a digest of all that decides the output's bytes: inputs, plan and ``settings``."""
-        stats = {n: (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in self.input_files().items()}
+        stats = {n: (str(p.resolve()), *file_state(p)) for n, p in self.input_files().items()}
         tensors = [
             (s.name, t.name, t.dtype, t.shape, t.action, [(o.ref.name, o.ref.file, o.adapter) for o in t.origins], [
                 (g.start, g.stop, [(p.adapter, p.layer.module, p.view, p.start) for p in g.steps]) for g in t.segments

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from boft_export.adapters import Adapter, ReadOptions, read_adapter
 from boft_export.checkpoint import TensorRef, WeightFile, read_weight_file
 from boft_export.checkpoint.folder import parse_json_object, read_text
+from boft_export.checkpoint.remote import AnyPath
 from boft_export.errors import AccessError, DamagedFileError, InputError, Level, Notice
 from boft_export.planning.tables import TOKENIZER_FILES, VOCABULARY_FILES
 
@@ -30,12 +30,12 @@ class SourcedAdapter:
 
     adapter: Adapter
     weights: WeightFile
-    config_file: Path | None
+    config_file: AnyPath | None
     repo_id: str | None = None
     revision: str | None = None
 
     @property
-    def root(self) -> Path:
+    def root(self) -> AnyPath:
         """The folder it is in."""
         return self.weights.path.parent
 
@@ -59,7 +59,7 @@ class SourcedAdapter:
 
 
 def open_adapter(
-    path: Path, options: ReadOptions | None = None, *, repo_id: str | None = None, revision: str | None = None
+    path: AnyPath, options: ReadOptions | None = None, *, repo_id: str | None = None, revision: str | None = None
 ) -> SourcedAdapter:
     """Open an adapter by its headers: a folder, or its weight file.
 
@@ -83,7 +83,7 @@ def open_adapter(
     return SourcedAdapter(adapter, file, config_file if config_file.is_file() else None, repo_id, revision)
 
 
-def _find(folder: Path, notices: list[Notice]) -> Path:
+def _find(folder: AnyPath, notices: list[Notice]) -> AnyPath:
     """Return a folder's adapter weights; PEFT keeps other than the default adapter in folders of their own."""
     others = sorted(p.parent.name for p in folder.glob(f"*/{_CONFIG}"))
     here = [folder / n for n in _WEIGHTS if (folder / n).is_file()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from boft_export.checkpoint.folder import parse_json_object, read_text
+from boft_export.checkpoint.remote import local_path
 from boft_export.errors import CheckFailedError, InputError, UsageError
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.limits import LIMITS, Limits
@@ -103,7 +104,7 @@ def _task(plan: FoldPlan, folder: Path, recorded: Recorded | None) -> Task:
     else:
         text = apply_edits(plan.base.config, plan.edits) if plan.edits else plan.base.config_text
         config = parse_json_object(text or "{}", beside)
-    return find_task(config, recorded.task if recorded is not None else None, plan.base.root)
+    return find_task(config, recorded.task if recorded is not None else None, local_path(plan.base.root, "ONNX export"))
 
 
 def _asked(held: Limits, thresholds: Thresholds) -> Limits:

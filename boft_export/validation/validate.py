@@ -110,7 +110,8 @@ def validate(
         elif functional is not None:
             limits = asked.thresholds
             bounds = FunctionalLimits(limits.functional_factor, limits.max_kl, limits.min_top1, limits.min_cosine)
-            facts, checks = check_functional(plan, local_path(other.root, "running a model"), functional, bounds, device=device)
+            folder = local_path(other.root, "running a model")
+            facts, checks = check_functional(plan, folder, functional, bounds, device=device)
             found.functional = facts
             found.checks += checks
     elif other is not None and not refs and checkpoint is not None:
