@@ -14,7 +14,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 from urllib.parse import quote
 
@@ -60,6 +60,8 @@ class RemoteStaging(Staging):
         self.discarded = False
         self._owner = uuid.uuid4().hex
         self._renewed = 0.0
+        # Some file systems show what is half written: only what is known to be whole is published.
+        self._whole: set[str] = set()
         if _is_publishing(output) and not (resume or overwrite):
             raise UsageError(
                 f"a killed run has published only a part of {output}.",
@@ -106,22 +108,24 @@ class RemoteStaging(Staging):
         with remote_errors(target, "write"):
             file = target.file_system.open(target.key, "wb", block_size=_PART)
         try:
-            yield cast("IO[bytes]", _Upload(file, target))
+            yield cast("IO[bytes]", _Upload(file, target, self._renew_lock))
             with remote_errors(target, "write"):
                 file.close()
         except BaseException:
             with contextlib.suppress(Exception):
                 file.discard()
-            # Else it would be closed, and so be there, when it is collected.
-            file.closed = True
+            with contextlib.suppress(AttributeError):
+                # Else it would be closed, and so be there, when it is collected.
+                file.closed = True
             raise
+        self._whole.add(name)
 
     # Publishing
 
     def publish(self) -> None:
         """Have the store put all files in their places, those first that no loader begins with."""
         self._renew_lock(now=True)
-        new = sorted(_sizes(self._files), key=lambda n: (_rank(n), n))
+        new = sorted(self._whole.union(self.done), key=lambda n: (_rank(n), n))
         with remote_errors(self._target, "write"):
             self._put(self._root / "publishing.json", {"files": new})
             old = _sizes(self._target)
@@ -149,12 +153,14 @@ class RemoteStaging(Staging):
     def discard(self) -> None:
         """Remove what was written."""
         with contextlib.suppress(AccessError):
-            self._remove([self._root])
+            # What another run has taken over is its own.
+            if self._holds_lock():
+                self._remove([self._root])
 
     def keep(self) -> None:
         """Leave what was written for a later ``resume``."""
         with contextlib.suppress(AccessError):
-            if (self._read(self._root / "lock.json") or {}).get("owner") == self._owner:
+            if self._holds_lock():
                 self._remove([self._root / "lock.json"])
 
     # The lock: an object that says whose it is.
@@ -168,7 +174,7 @@ class RemoteStaging(Staging):
                 hint="Wait for it. Of a killed run on another machine the lock ends by itself after ten minutes.",
             )
         self._put(path, self._lock_entry(), create=held is None)
-        if (self._read(path) or {}).get("owner") != self._owner:
+        if not self._holds_lock():
             raise UsageError(f"another run began to write {self.output} at the same time.", hint="Wait for it.")
 
     def _lock_entry(self) -> dict[str, Any]:
@@ -178,10 +184,12 @@ class RemoteStaging(Staging):
     def _renew_lock(self, *, now: bool = False) -> None:
         if not now and time.time() - self._renewed < _LOCK_LIFE / 10:
             return
-        path = self._root / "lock.json"
-        if (self._read(path) or {}).get("owner") != self._owner:
+        if not self._holds_lock():
             raise UsageError(f"another run has begun to write {self.output}.", hint="Wait for it.")
-        self._put(path, self._lock_entry())
+        self._put(self._root / "lock.json", self._lock_entry())
+
+    def _holds_lock(self) -> bool:
+        return (self._read(self._root / "lock.json") or {}).get("owner") == self._owner
 
     # Objects
 
@@ -225,8 +233,9 @@ class RemoteStaging(Staging):
 class _Upload(io.RawIOBase):
     """A file that is only written to, in order, and whose failures are ours."""
 
-    def __init__(self, file: IO[bytes], target: RemotePath) -> None:
+    def __init__(self, file: IO[bytes], target: RemotePath, after: Callable[[], None]) -> None:
         super().__init__()
+        self._after = after
         self._file = file
         self._target = target
 
@@ -238,6 +247,7 @@ class _Upload(io.RawIOBase):
         """Write all of ``data``."""
         with remote_errors(self._target, "write"):
             self._file.write(data)
+        self._after()
         return len(data)
 
 
