@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from boft_export.checkpoint import FLOAT_DTYPES, Shard, TensorRef
-from boft_export.checkpoint.tensors import FileBytes
+from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.pipeline.engine import Engine, replay_plan
 from boft_export.pipeline.hashing import InputHashes
@@ -177,7 +177,7 @@ def _compare(
     ref = comparison.stored
     correct = torch.frombuffer(data, dtype=torch.uint8)
     stored = read_bytes(ref, offset, offset + len(data))
-    if isinstance(ref.source, FileBytes):
+    if isinstance(ref.source, BytesInFile):
         hashes.feed(ref.source.path, ref.source.offset + offset, as_bytes(stored))
     dtype = TORCH_DTYPES.get(ref.dtype, torch.uint8)
     if not _same(correct, stored):
