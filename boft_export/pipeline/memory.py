@@ -132,8 +132,8 @@ def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int, outputs: in
 
 
 def default_jobs() -> int:
-    """Return how many threads fold: all cores but one, which reads, writes and hashes; no more than a disk can feed."""
-    return max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0)) - 1))
+    """Return how many threads read, fold and write: one for each core, no more than a disk can feed."""
+    return max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0))))
 
 
 class ByteBudget:
