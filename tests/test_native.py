@@ -104,7 +104,8 @@ def measured(x: torch.Tensor, y: torch.Tensor, rounded: torch.Tensor) -> list[fl
 
 @properties
 @given(st.lists(ANY_FLOAT, min_size=1), st.sampled_from(sorted(FORMATS)))
-def test_rounding_is_that_of_exact_arithmetic(any_kernel, numbers, dtype):
+@pytest.mark.usefixtures("any_kernel")
+def test_rounding_is_that_of_exact_arithmetic(numbers, dtype):
     out = empty(len(numbers), dtype)
     x = torch.tensor(numbers, dtype=torch.float64)
     sums = fold_rows(Program((), len(numbers)), raw(x), "F64", out, dtype, tile_rows=1)
@@ -114,7 +115,8 @@ def test_rounding_is_that_of_exact_arithmetic(any_kernel, numbers, dtype):
 
 
 @pytest.mark.parametrize("dtype", sorted(FORMATS))
-def test_numbers_halfway_between_two_round_to_even(kernel, dtype):
+@pytest.mark.usefixtures("kernel")
+def test_numbers_halfway_between_two_round_to_even(dtype):
     digits, lowest, _ = FORMATS[dtype]
     whole = np.arange(2.0 ** (digits - 1), min(2.0**digits, 2.0 ** (digits - 1) + 256))
     numbers = [
@@ -130,7 +132,8 @@ def test_numbers_halfway_between_two_round_to_even(kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_what_is_not_changed_keeps_its_bits(kernel, dtype):
+@pytest.mark.usefixtures("kernel")
+def test_what_is_not_changed_keeps_its_bits(dtype):
     """Every 16-bit number but NaNs, through the kernel and back."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = numbers.view(torch.float16 if dtype == "F16" else torch.bfloat16)
@@ -144,7 +147,8 @@ def test_what_is_not_changed_keeps_its_bits(kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_nan_stays_nan(kernel, dtype):
+@pytest.mark.usefixtures("kernel")
+def test_nan_stays_nan(dtype):
     out = empty(9, dtype)
     fold_rows(Program((), 9), np.array([math.nan, -math.nan, 1.0] * 3), "F64", out, dtype, tile_rows=1)
     assert values(out, dtype).isnan().tolist() == [True, True, False] * 3
@@ -170,7 +174,8 @@ def folds(draw: st.DrawFn):
 
 @properties
 @given(folds())
-def test_rows_and_columns_are_what_the_definition_says(any_kernel, fold):
+@pytest.mark.usefixtures("any_kernel")
+def test_rows_and_columns_are_what_the_definition_says(fold):
     n, sizes, rows, source, dtype, scaled, weight, tile, seed = fold
     rng = np.random.default_rng(seed)
     stages = [stage(n, k, rng) for k in sizes]
@@ -208,7 +213,8 @@ def test_rows_and_columns_are_what_the_definition_says(any_kernel, fold):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize(("m", "b"), [(1, 4), (2, 4), (2, 8), (3, 4), (4, 2)])
-def test_butterflies_fold_as_by_torch(kernel, dtype, m, b):
+@pytest.mark.usefixtures("kernel")
+def test_butterflies_fold_as_by_torch(dtype, m, b):
     n, rng = 192, np.random.default_rng(m)
     stages = []
     for i in range(m):
@@ -221,7 +227,8 @@ def test_butterflies_fold_as_by_torch(kernel, dtype, m, b):
     assert torch.equal(values(out, dtype).view(50, n), expected)
 
 
-def test_sums_and_results_are_the_same_however_a_tensor_is_cut(kernel):
+@pytest.mark.usefixtures("kernel")
+def test_sums_and_results_are_the_same_however_a_tensor_is_cut():
     rng = np.random.default_rng(5)
     n, rows, tile = 240, 101, 6
     program = Program([Stage(np.linalg.qr(rng.standard_normal((n // 12, 12, 12)))[0], np.arange(n).reshape(-1, 12))], n)
@@ -277,7 +284,8 @@ def test_kernels_with_fma_agree_to_the_last_bit(monkeypatch):
     assert len(found) <= 1
 
 
-def test_a_fold_in_place(kernel):
+@pytest.mark.usefixtures("kernel")
+def test_a_fold_in_place():
     rng = np.random.default_rng(7)
     program = Program([stage(96, 8, rng), stage(96, 6, rng)], 96)
     x = torch.from_numpy(rng.standard_normal((40, 96))).half()
@@ -287,12 +295,14 @@ def test_a_fold_in_place(kernel):
     assert raw(x).tobytes() == out.tobytes()
 
 
-def test_no_rows(kernel):
+@pytest.mark.usefixtures("kernel")
+def test_no_rows():
     out = np.zeros(0, np.uint8)
     assert fold_rows(Program((), 8), out, "F32", out, "BF16", tile_rows=4).shape == (0, 7)
 
 
-def test_buffers_that_do_not_fit_are_refused(kernel):
+@pytest.mark.usefixtures("kernel")
+def test_buffers_that_do_not_fit_are_refused():
     program = Program([Stage(np.eye(4)[None].repeat(4, 0), np.arange(16).reshape(4, 4))], 16)
     good = np.zeros(64, np.uint8)
     fold_rows(program, good, "BF16", np.zeros(64, np.uint8), "BF16", tile_rows=1)
@@ -303,7 +313,7 @@ def test_buffers_that_do_not_fit_are_refused(kernel):
         (good, "BF16", good, np.ones(3)),
         (good, "I32", good, None),
     ]:
-        with pytest.raises(ValueError, match="bytes|scale|dtype"):
+        with pytest.raises(ValueError, match=r"bytes|scale|dtype"):
             fold_rows(program, source, dtype, out.copy(), dtype, scale=scale, tile_rows=1)
     for first in (2, 16, -4):
         with pytest.raises(ValueError, match="cut a group"):
