@@ -223,16 +223,17 @@ static void N(finish)(const Finish *how, const double *x, const double *y, int64
     {                                                                                                                  \
         typedef TYPE V __attribute__((vector_size(16)));                                                               \
         V a[SIDE], b[SIDE];                                                                                            \
-        for (int i = 0; i < SIDE; i++)                                                                                 \
+        UNROLL for (int i = 0; i < SIDE; i++)                                                                          \
             memcpy(a + i, in + i * in_stride, 16);                                                                     \
-        for (int level = 0; level < LEVELS; level++) {                                                                 \
-            for (int i = 0; i < SIDE / 2; i++) {                                                                       \
+        UNROLL for (int level = 0; level < LEVELS; level++) {                                                          \
+            UNROLL for (int i = 0; i < SIDE / 2; i++) {                                                                \
                 b[2 * i] = LOW_##SIDE(a[i], a[i + SIDE / 2]);                                                          \
                 b[2 * i + 1] = HIGH_##SIDE(a[i], a[i + SIDE / 2]);                                                     \
             }                                                                                                          \
-            memcpy(a, b, sizeof a);                                                                                    \
+            UNROLL for (int i = 0; i < SIDE; i++)                                                                      \
+                a[i] = b[i];                                                                                           \
         }                                                                                                              \
-        for (int i = 0; i < SIDE; i++)                                                                                 \
+        UNROLL for (int i = 0; i < SIDE; i++)                                                                          \
             memcpy(out + i * out_stride, a + i, 16);                                                                   \
     }                                                                                                                  \
     break
