@@ -168,10 +168,10 @@ def test_lost_effect_fails_and_writes_nothing(base: Path, adapter: Path, tmp_pat
 def test_interrupted(base: Path, adapter: Path, tmp_path: Path) -> None:
     """A run that is asked to end publishes nothing and exits with 130."""
     code = (
-        "import os, signal, boft_export.pipeline.engine as e, sys\n"
-        "real = e._Stream.take\n"
-        "def take(self, shard):\n    os.kill(os.getpid(), signal.SIGTERM)\n    yield from real(self, shard)\n"
-        "e._Stream.take = take\n"
+        "import os, signal, boft_export.pipeline.works as works\n"
+        "real = works.Works.make\n"
+        "def make(self, *arguments):\n    os.kill(os.getpid(), signal.SIGTERM)\n    real(self, *arguments)\n"
+        "works.Works.make = make\n"
         "from boft_export.cli.main import main\nmain()\n"
     )
     arguments = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out")]

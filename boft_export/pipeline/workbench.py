@@ -59,7 +59,6 @@ class Workbench:
         self._engine = engine
         self._layers = layers
         self._pool = pool
-        # What is undone must be so by the arithmetic in which it was done.
         self._native = NativeFold(layers, engine.jobs + 1) if engine.is_native else None
         self._back: WayBack | None = None
         if back is not None:
