@@ -20,7 +20,7 @@ from torch import Tensor
 
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
-from boft_export.linalg.planner import GATHER_COST, STAGE_COST, plan_stages, stage_cost
+from boft_export.linalg.planner import GATHER_COST, STAGE_COST, TORCH_COSTS, plan_stages
 from boft_export.linalg.rotation import Factor, Rotation, couple, fuse, widen
 from boft_export.linalg.rounding import round_once
 
@@ -290,7 +290,7 @@ def test_the_cayley_transform_is_orthogonal_however_large_its_argument(norm):
 
 
 def plan_cost(runs: list[tuple[int, int]], size: dict[tuple[int, int], int]) -> float:
-    return sum(stage_cost(size[run]) + (GATHER_COST if run[0] else 0) for run in runs)
+    return sum(TORCH_COSTS.of(size[run]) + (GATHER_COST if run[0] else 0) for run in runs)
 
 
 @properties
@@ -313,10 +313,10 @@ def test_the_plan_is_the_cheapest_of_all(m, data):
 
 def test_the_cost_of_a_stage_passes_through_what_was_measured():
     for (low, cost), (high, next_cost) in pairwise(STAGE_COST.items()):
-        assert stage_cost(low) == pytest.approx(cost)
-        assert cost < stage_cost((low + high) // 2) < next_cost
+        assert TORCH_COSTS.of(low) == pytest.approx(cost)
+        assert cost < TORCH_COSTS.of((low + high) // 2) < next_cost
     largest = max(STAGE_COST)
-    assert stage_cost(2 * largest) > stage_cost(largest)
+    assert TORCH_COSTS.of(2 * largest) > TORCH_COSTS.of(largest)
 
 
 # Rounding

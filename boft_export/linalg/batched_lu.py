@@ -8,32 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from boft_export.linalg.arrays import Array, namespace
 
 # Seen from 160 on.
 _LARGE = 64
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
+def solve(a: Array, b: Array) -> Array:
     """Return X with A X = B, for ``a`` and ``b`` of shape (..., n, n)."""
-    return _apply(torch.linalg.solve, a, b)
+    return _apply(namespace(a).linalg.solve, a, b)
 
 
-def inverse(a: Tensor) -> Tensor:
+def inverse(a: Array) -> Array:
     """Return A^-1, for ``a`` of shape (..., n, n)."""
-    return _apply(torch.linalg.inv, a)
+    return _apply(namespace(a).linalg.inv, a)
 
 
-def log_determinant(a: Tensor) -> tuple[Tensor, Tensor]:
+def log_determinant(a: Array) -> tuple[Array, Array]:
     """Return the sign of det A and log |det A|, for ``a`` of shape (..., n, n)."""
-    both = _apply(lambda x: torch.stack(torch.linalg.slogdet(x), dim=-1), a)
+    xp = namespace(a)
+    both = _apply(lambda x: xp.stack(xp.linalg.slogdet(x), axis=-1), a)
     return both[..., 0], both[..., 1]
 
 
-def _apply(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    first = matrices[0]
-    if first.shape[-1] < _LARGE or first.dim() == 2 or first.is_cuda:
+def _apply(function: Callable[..., Array], *matrices: Array) -> Array:
+    xp, first = namespace(matrices[0]), matrices[0]
+    if first.shape[-1] < _LARGE or first.ndim == 2 or xp.__name__ == "numpy" or first.is_cuda:
         return function(*matrices)
     results = [function(*m) for m in zip(*(x.reshape(-1, *x.shape[-2:]) for x in matrices), strict=True)]
-    return torch.stack(results).reshape(*first.shape[:-2], *results[0].shape)
+    return xp.stack(results).reshape(*first.shape[:-2], *results[0].shape)

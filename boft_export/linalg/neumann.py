@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from boft_export.linalg.arrays import Array, namespace
 
 
-def polynomial(s: Tensor, coefficients: Sequence[float]) -> Tensor:
+def polynomial(s: Array, coefficients: Sequence[float]) -> Array:
     """Return p(S) = c_0 I + c_1 S + c_2 S^2 + ... for matrices ``s``, shape (..., b, b), by Horner's rule.
 
     With 1, 2, 2, ... it is the Neumann series of (I + S)(I - S)^-1, cut off. That is the transpose of ``cayley(s)``.
@@ -19,14 +18,15 @@ def polynomial(s: Tensor, coefficients: Sequence[float]) -> Tensor:
         s: The matrices.
         coefficients: c_0, c_1, ...; at least one.
     """
-    result = torch.zeros_like(s)
+    xp = namespace(s)
+    eye = xp.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    result = xp.zeros_like(s)
     for coefficient in reversed(coefficients):
-        result = s @ result
-        result.diagonal(dim1=-2, dim2=-1).add_(coefficient)
+        result = s @ result + coefficient * eye
     return result
 
 
-def expected_residual(generators: Tensor, coefficients: Sequence[float]) -> float:
+def expected_residual(generators: Array, coefficients: Sequence[float]) -> float:
     """Return the residual ||R^T R - I||_2 that R = p(S) has by design: the largest over all matrices.
 
     S is normal with eigenvalues i w, and so is R with p(i w). So R^T R has |p(i w)|^2, and the spectral norm of
@@ -36,11 +36,12 @@ def expected_residual(generators: Tensor, coefficients: Sequence[float]) -> floa
         generators: Skew-symmetric S, shape (..., b, b).
         coefficients: Those of p, c_0 first.
     """
-    if generators.numel() == 0:
+    if not all(generators.shape):
         return 0.0
-    w = torch.linalg.eigvalsh(generators * -1j)
-    real, imaginary = torch.zeros_like(w), torch.zeros_like(w)
+    xp = namespace(generators)
+    w = xp.linalg.eigvalsh(generators * -1j)
+    real, imaginary = xp.zeros_like(w), xp.zeros_like(w)
     for coefficient in reversed(coefficients):
         # (x + i y) i w + c
         real, imaginary = coefficient - imaginary * w, real * w
-    return float((real**2 + imaginary**2 - 1).abs().max())
+    return float(abs(real**2 + imaginary**2 - 1).max())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 # Nanoseconds per weight element for one dense stage of the given size, float64 on one core, torch's batched product
@@ -17,21 +18,43 @@ SMALLEST_STAGE = 16
 GATHER_COST = 1.0
 
 
-def stage_cost(size: int) -> float:
-    """Return the cost of a stage of ``size``, interpolated in log-log between the measured sizes."""
-    sizes = list(STAGE_COST)
-    size = max(size, SMALLEST_STAGE)
-    low, high = next(((a, b) for a, b in pairwise(sizes) if size <= b), (sizes[-2], sizes[-1]))
-    t = math.log(size / low) / math.log(high / low)
-    return math.exp((1 - t) * math.log(STAGE_COST[low]) + t * math.log(STAGE_COST[high]))
+@dataclass(frozen=True)
+class Costs:
+    """What it costs to apply stages, for one way of doing it.
+
+    Attributes:
+        stages: Cost per weight element of a stage, by its size, ascending; two sizes at least.
+        smallest: Blocks smaller than this are laid side by side in one of this size.
+        gather: What a stage whose features are not neighbours costs besides.
+    """
+
+    stages: Mapping[int, float]
+    smallest: int
+    gather: float
+
+    def of(self, size: int) -> float:
+        """Return the cost of a stage of ``size``, interpolated in log-log between the measured sizes."""
+        size = max(size, self.smallest)
+        steps = list(pairwise(self.stages.items()))
+        (low, cost), (high, next_cost) = next((s for s in steps if size <= s[1][0]), steps[-1])
+        t = math.log(size / low) / math.log(high / low)
+        return math.exp((1 - t) * math.log(cost) + t * math.log(next_cost))
 
 
-def plan_stages(num_factors: int, run_size: Callable[[int, int], int]) -> list[tuple[int, int]]:
+TORCH_COSTS = Costs(STAGE_COST, SMALLEST_STAGE, GATHER_COST)
+# Of the compiled kernel.
+KERNEL_COSTS = TORCH_COSTS
+
+
+def plan_stages(
+    num_factors: int, run_size: Callable[[int, int], int], costs: Costs = TORCH_COSTS
+) -> list[tuple[int, int]]:
     """Return the cheapest way to fuse neighbouring factors into dense stages, as an FFT planner picks radices.
 
     Args:
         num_factors: Number m of factors.
         run_size: ``run_size(i, j)``, the number of features that factors i to j - 1 couple.
+        costs: What stages cost.
 
     Returns:
         Half-open runs (i, j) that cover 0..m in order; each becomes one stage.
@@ -39,7 +62,7 @@ def plan_stages(num_factors: int, run_size: Callable[[int, int], int]) -> list[t
     best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]
     for j in range(1, num_factors + 1):
         candidates = [
-            (best[i][0] + stage_cost(run_size(i, j)) + (GATHER_COST if i else 0.0), [*best[i][1], (i, j)])
+            (best[i][0] + costs.of(run_size(i, j)) + (costs.gather if i else 0.0), [*best[i][1], (i, j)])
             for i in range(j)
         ]
         best.append(min(candidates, key=lambda c: c[0]))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
-
+from boft_export.linalg.arrays import Array, namespace
 from boft_export.linalg.cayley import cayley, skew
-from boft_export.linalg.planner import plan_stages
-from boft_export.linalg.spectrum import Spectrum
+from boft_export.linalg.planner import TORCH_COSTS, Costs, plan_stages
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from boft_export.linalg.spectrum import Spectrum
 
 # A generator of this size, found from a rotation, is rounding: float64 can't tell the rotation from a half turn.
 _POLE = 1e13
@@ -23,6 +26,8 @@ _HALF_TURN = "a block has the eigenvalue -1, which no Cayley transform gives"
 class Factor:
     """An n-by-n matrix M that mixes features only within small blocks: M[index[d], index[d]] = blocks[d].
 
+    Its arrays are torch's tensors, or all of them numpy's: those are made, fused and measured, and no more.
+
     Attributes:
         blocks: Dense blocks, shape (B, k, k).
         index: The features of each block, shape (B, k), int64; a partition of range(n), so n = B k.
@@ -30,23 +35,25 @@ class Factor:
             an angle of pi it tells more than the blocks do.
     """
 
-    blocks: Tensor
-    index: Tensor
-    generator: Tensor | None = None
+    blocks: Array
+    index: Array
+    generator: Array | None = None
 
     @property
     def num_features(self) -> int:
         """The size n of the matrix."""
-        return self.index.numel()
+        return int(self.index.shape[0] * self.index.shape[1])
 
     @property
     def block_size(self) -> int:
         """The number k of features that a block mixes."""
-        return self.index.shape[1]
+        return int(self.index.shape[1])
 
     @cached_property
     def spectrum(self) -> Spectrum:
         """Planes and angles of the blocks, which must be rotations; found once, for powers of any exponent."""
+        from boft_export.linalg.spectrum import Spectrum
+
         if self.generator is not None:
             return Spectrum.of_generator(self.generator)
         return Spectrum.of_rotation(self.blocks)
@@ -70,28 +77,27 @@ class Factor:
             try:
                 # The Cayley transform is its own inverse.
                 found = cayley(self.blocks)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not marked so
+            except namespace(self.blocks).linalg.LinAlgError as error:
                 raise ValueError(_HALF_TURN) from error
-            if found.abs().amax() > _POLE:
+            if abs(found).max() > _POLE:
                 raise ValueError(_HALF_TURN)
             generator = skew(found)
         return type(self)(cayley(alpha * generator), self.index, alpha * generator)
 
     def identity(self) -> Self:
         """Return the identity in the shape of this factor."""
-        eye = torch.eye(self.block_size, dtype=self.blocks.dtype, device=self.blocks.device)
-        return type(self)(eye.expand_as(self.blocks), self.index)
+        return type(self)(namespace(self.blocks).broadcast_to(_eye_like(self.blocks), self.blocks.shape), self.index)
 
     @cached_property
-    def _gather(self) -> tuple[int, Tensor, Tensor] | None:
+    def _gather(self) -> tuple[int, Array, Array] | None:
         """Run length, runs in block order and their inverse; None where blocks are neighbours already.
 
         Features are moved in the longest aligned runs that all blocks share, not one by one.
         """
         flat = self.index.reshape(-1)
-        n = flat.numel()
-        order = torch.arange(n, device=flat.device)
-        if torch.equal(flat, order):
+        n = self.num_features
+        order = namespace(flat).arange(n, device=flat.device)
+        if bool((flat == order).all()):
             return None
         run = 1
         while self.block_size % (2 * run) == 0:
@@ -100,7 +106,7 @@ class Factor:
                 break
             run *= 2
         runs = flat[::run] // run
-        return run, runs, torch.argsort(runs)
+        return run, runs, runs.argsort()
 
     def rotate_columns(self, x: Tensor) -> Tensor:
         """Return X M^T for ``x`` of shape (r, n): each row of X is rotated on its own."""
@@ -110,16 +116,29 @@ class Factor:
             run, runs, inverse = gather
             x = x.reshape(rows, n // run, run).index_select(1, runs)
         x = x.reshape(rows, *self.index.shape).transpose(0, 1)
-        x = torch.bmm(x, self.blocks.mT).transpose(0, 1)
+        x = x.bmm(self.blocks.mT).transpose(0, 1)
         if gather is not None:
             x = x.reshape(rows, n // run, run).index_select(1, inverse)
         return x.reshape(rows, n)
 
     def rotate_rows(self, x: Tensor) -> Tensor:
         """Return M X for ``x`` of shape (n, c)."""
+        import torch
+
         columns = x.shape[1]
         y = torch.bmm(self.blocks, x[self.index.reshape(-1)].view(*self.index.shape, columns))
         return torch.empty_like(x).index_copy_(0, self.index.reshape(-1), y.view(x.shape))
+
+    def tensors(self) -> Self:
+        """Return the factor of numpy arrays as one of tensors on the CPU, which share their memory."""
+        import torch
+
+        generator = None if self.generator is None else torch.from_numpy(self.generator)
+        return type(self)(torch.from_numpy(self.blocks), torch.from_numpy(self.index), generator)
+
+    def residual(self) -> float:
+        """Return max |M^T M - I| over all blocks."""
+        return float(abs(self.blocks.mT @ self.blocks - _eye_like(self.blocks)).max())
 
     def restrict(self, start: int, stop: int) -> Self:
         """Return the factor on features start..stop.
@@ -135,43 +154,53 @@ class Factor:
         return type(self)(self.blocks[inside], self.index[inside] - start, generator)
 
 
-def couple(factors: Sequence[Factor]) -> Tensor:
+def couple(factors: Sequence[Factor]) -> Array:
     """Return the groups of features that ``factors`` together couple, shape (groups, g), rows ascending.
 
     Raises:
         ValueError: If the groups differ in size, so that no one dense stage can hold them.
     """
-    n = factors[0].num_features
-    label = torch.arange(n, device=factors[0].index.device)
+    xp = namespace(factors[0].index)
+    label = xp.arange(factors[0].num_features, device=factors[0].index.device)
     while True:
-        before = label.clone()
+        before = label
         for factor in factors:
-            lowest = label[factor.index].amin(dim=1, keepdim=True)
-            label[factor.index] = lowest.expand_as(factor.index)
-        if torch.equal(before, label):
+            lowest = xp.amin(label[factor.index], axis=1, keepdims=True)
+            label = xp.empty_like(label)
+            label[factor.index] = lowest
+        # Of one factor, the blocks themselves.
+        if len(factors) == 1 or bool((before == label).all()):
             break
-    counts = torch.bincount(label, minlength=n)
+    counts = xp.bincount(label)
     counts = counts[counts > 0]
     if (counts != counts[0]).any():
         raise ValueError("the factors couple groups of different sizes")
-    return torch.argsort(label, stable=True).view(-1, int(counts[0]))
+    return xp.argsort(label, stable=True).reshape(-1, int(counts[0]))
 
 
-def fuse(factors: Sequence[Factor]) -> Factor:
-    """Return the product of ``factors`` (the first is applied first) as one factor with larger dense blocks."""
-    if len(factors) == 1:
-        return factors[0]
-    index = couple(factors)
+def fuse(factors: Sequence[Factor], index: Array | None = None) -> Factor:
+    """Return the product of ``factors`` (the first is applied first) as one factor with larger dense blocks.
+
+    Args:
+        factors: One or more.
+        index: What ``couple`` gives of them, where it is known.
+    """
+    first, *others = factors
+    if not others:
+        return first
+    xp = namespace(first.blocks)
+    index = couple(factors) if index is None else index
     groups, size = index.shape
-    slot = torch.empty(index.numel(), dtype=torch.int64, device=index.device)
-    slot[index.reshape(-1)] = torch.arange(index.numel(), device=index.device)
-    like = factors[0].blocks
-    product = torch.eye(size, dtype=like.dtype, device=like.device).repeat(groups, 1)
-    for factor in factors:
+    slot = xp.empty_like(index.reshape(-1))
+    slot[index.reshape(-1)] = xp.arange(groups * size, device=index.device)
+    # All features of a block lie in one group, so its rows of the product do too.
+    product = xp.zeros((groups * size, size), dtype=first.blocks.dtype, device=first.blocks.device)
+    rows = slot[first.index]
+    product[rows[:, :, None], rows[:, None, :] % size] = first.blocks
+    for factor in others:
         rows = slot[factor.index]
-        # All features of a block lie in one group, so its rows of the product do too.
-        product[rows] = torch.bmm(factor.blocks, product[rows])
-    return Factor(product.view(groups, size, size), index)
+        product[rows] = factor.blocks @ product[rows]
+    return Factor(product.reshape(groups, size, size), index)
 
 
 def widen(factor: Factor, size: int) -> Factor:
@@ -183,10 +212,17 @@ def widen(factor: Factor, size: int) -> Factor:
     together = -(-size // small)
     if together == 1 or count % together:
         return factor
-    blocks = factor.blocks.new_zeros(count // together, together, small, together, small)
-    blocks.diagonal(dim1=1, dim2=3).copy_(factor.blocks.view(-1, together, small, small).permute(0, 2, 3, 1))
+    xp = namespace(factor.blocks)
+    shape = (count // together, together, small, together, small)
+    blocks = xp.zeros(shape, dtype=factor.blocks.dtype, device=factor.blocks.device)
+    place = xp.arange(together, device=factor.blocks.device)
+    blocks[:, place, :, place, :] = factor.blocks.reshape(-1, together, small, small).swapaxes(0, 1)
     wide = together * small
-    return Factor(blocks.view(-1, wide, wide), factor.index.reshape(-1, wide))
+    return Factor(blocks.reshape(-1, wide, wide), factor.index.reshape(-1, wide))
+
+
+def _eye_like(blocks: Array) -> Array:
+    return namespace(blocks).eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
 
 
 @dataclass(frozen=True)
@@ -234,8 +270,16 @@ class Rotation:
         return self._groups.spectrum.angles
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Rotation:
-        """Return the rotation on ``device`` with blocks in ``dtype``."""
+        """Return the rotation on ``device`` with blocks in ``dtype``, to be applied; in its own memory where it can."""
         return Rotation(tuple(Factor(f.blocks.to(device, dtype), f.index.to(device)) for f in self.factors))
+
+    def tensors(self) -> Rotation:
+        """Return the rotation of numpy arrays as one of tensors on the CPU, which share their memory."""
+        return Rotation(tuple(f.tensors() for f in self.factors))
+
+    def arrays(self) -> Rotation:
+        """Return the rotation of tensors on the CPU as one of numpy arrays, to be applied, which share their memory."""
+        return Rotation(tuple(Factor(f.blocks.numpy(), f.index.numpy()) for f in self.factors))
 
     def rotate_columns(self, x: Tensor) -> Tensor:
         """Return X R^T for ``x`` of shape (r, n)."""
@@ -253,19 +297,18 @@ class Rotation:
         """Return R on features start..stop, which must be a union of coupled groups."""
         return Rotation(tuple(f.restrict(start, stop) for f in self.factors))
 
-    def fused(self, smallest: int = 1) -> Rotation:
+    def fused(self, smallest: int = 1, costs: Costs = TORCH_COSTS) -> Rotation:
         """Return the same rotation in the dense stages that cost least to apply.
 
         Args:
             smallest: Lay smaller blocks side by side up to this size, which ``restrict`` may then not take apart.
+            costs: What stages cost.
         """
-        sizes = {
-            (i, j): couple(self.factors[i:j]).shape[1]
-            for i in range(len(self.factors))
-            for j in range(i + 1, len(self.factors) + 1)
-        }
-        runs = plan_stages(len(self.factors), lambda i, j: sizes[i, j])
-        return Rotation(tuple(widen(fuse(self.factors[i:j]), smallest) for i, j in runs))
+        factors = self.factors
+        coupled = {(i, j): couple(factors[i:j]) for i in range(len(factors)) for j in range(i + 2, len(factors) + 1)}
+        coupled |= {(i, i + 1): f.index for i, f in enumerate(factors)}
+        runs = plan_stages(len(factors), lambda i, j: coupled[i, j].shape[1], costs)
+        return Rotation(tuple(widen(fuse(factors[i:j], coupled[i, j]), smallest) for i, j in runs))
 
     def groups(self) -> Factor:
         """Return R as one factor: the dense orthogonal product of each coupled group, n/g matrices of g by g."""
@@ -273,13 +316,11 @@ class Rotation:
 
     def dense(self) -> Tensor:
         """Return R as an n-by-n matrix: O(n^2) memory, for inspection and as the oracle; never needed to merge."""
+        import torch
+
         like = self.factors[0].blocks
         return self.rotate_rows(torch.eye(self.num_features, dtype=like.dtype, device=like.device))
 
     def residual(self) -> float:
         """Return max |M^T M - I| over all blocks of all factors: 0 for an exactly orthogonal rotation."""
-        worst = 0.0
-        for factor in self.factors:
-            eye = torch.eye(factor.block_size, dtype=factor.blocks.dtype, device=factor.blocks.device)
-            worst = max(worst, float((torch.bmm(factor.blocks.mT, factor.blocks) - eye).abs().max()))
-        return worst
+        return max(f.residual() for f in self.factors)
