@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from boft_export.native import instruction_set
 from boft_export.pipeline.memory import default_jobs
 from boft_export.planning.sizes import format_size
 from boft_export.version import __version__
@@ -24,7 +25,9 @@ def environment() -> dict[str, dict[str, Any]]:
     from boft_export.onnx.session import runtime_conflict
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    devices = {"cpu": f"{platform.machine()}, folds with torch ({torch.backends.cpu.get_cpu_capability()})"}
+    kernel = instruction_set()
+    by = f"the compiled kernel ({kernel})" if kernel else f"torch ({torch.backends.cpu.get_cpu_capability()})"
+    devices = {"cpu": f"{platform.machine()}, folds with {by}"}
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
