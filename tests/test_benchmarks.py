@@ -52,6 +52,13 @@ def test_a_layer_alone(tmp_path: Path) -> None:
     assert figures["differing"] < 0.01
 
 
+def test_the_fold_kernel_alone(tmp_path: Path) -> None:
+    _, figures = run(tmp_path, "fold_kernel", "--features", "64", "--rows", "16", "--seconds", "0.0001")
+    assert [r["stage"] for r in figures["stages"]] == [0, 4, 8, 16, 32, 64]
+    assert {r["kernel"] for r in figures["layers"]} >= {"torch"}
+    assert all(r["ns/element"] > 0 for r in figures["layers"])
+
+
 def test_precision(tmp_path: Path) -> None:
     arguments = ["--model", "random", "--gigabytes", "0.003", "--factors", "2", "--dtypes", "float16"]
     _, figures = run(tmp_path, "precision", *arguments)
