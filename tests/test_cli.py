@@ -170,7 +170,8 @@ def test_interrupted(base: Path, adapter: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, boft_export.pipeline.works as works\n"
         "real = works.Works.make\n"
-        "def make(self, *arguments):\n    os.kill(os.getpid(), signal.SIGTERM)\n    real(self, *arguments)\n"
+        "def make(self, *arguments):\n"
+        "    works.Works.make = real\n    os.kill(os.getpid(), signal.SIGTERM)\n    real(self, *arguments)\n"
         "works.Works.make = make\n"
         "from boft_export.cli.main import main\nmain()\n"
     )

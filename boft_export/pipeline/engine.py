@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from boft_export import native
 from boft_export.checkpoint import Shard, Staging
@@ -26,9 +26,6 @@ from boft_export.pipeline.works import Admitted, Works
 from boft_export.pipeline.writing import Writing
 from boft_export.planning import FoldPlan, TensorPlan
 from boft_export.planning.strength import Course, Variant
-
-if TYPE_CHECKING:
-    import torch
 
 # What can be computed in.
 COMPUTE_DTYPES = ("float64", "float32")
@@ -73,17 +70,10 @@ class Engine:
             return False
         return self.devices[0].type == "cpu" and self.compute == "float64" and native.instruction_set() is not None
 
-    @property
-    def torch_compute(self) -> torch.dtype:
-        """The dtype to fold in, as torch has it."""
-        import torch
-
-        return torch.float64 if self.compute == "float64" else torch.float32
-
     def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:
         """Return the operators to fold with, or those that undo the fold."""
         limit = self.memory.rotations * len(self.devices)
-        return LayerCache(plan, course, self.torch_compute, limit, inverse=self.inverse != back)
+        return LayerCache(plan, course, self.compute, limit, inverse=self.inverse != back)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS
 from boft_export.linalg.rotation import Factor, Rotation
 from boft_export.pipeline.array_io import read_array
 from boft_export.pipeline.memory import rotation_bytes
+from boft_export.pipeline.one_blas_thread import LARGEST_ALONE, ONE_BLAS_THREAD
 from boft_export.planning import FoldPlan, SourcedAdapter, Step
 from boft_export.planning.strength import Course
 
@@ -116,7 +118,8 @@ def build_arrays(source: SourcedAdapter, layer: AdapterLayer) -> LayerOperator:
     """
     generators = _generators(layer, read_array(source.refs[layer.blocks]))
     try:
-        blocks = _ORTHOGONAL[layer.parametrization](generators, layer)
+        with _on_one_thread(layer.block_size):
+            blocks = _ORTHOGONAL[layer.parametrization](generators, layer)
     except np.linalg.LinAlgError as error:
         raise _no_rotation(source, layer) from error
     if not np.isfinite(blocks).all():
@@ -160,6 +163,11 @@ def _generators(layer: AdapterLayer, trained: Array) -> Array:
         matrices = shrink(matrices, layer.max_norm)
     # Blocks of -S are the transposed blocks of S.
     return skew(-matrices if layer.transposed else matrices)
+
+
+def _on_one_thread(size: int) -> contextlib.AbstractContextManager[None]:
+    """Hold numpy to one thread where matrices are of such a ``size`` that it would take more."""
+    return ONE_BLAS_THREAD if size > LARGEST_ALONE else contextlib.nullcontext()
 
 
 def _no_rotation(source: SourcedAdapter, layer: AdapterLayer) -> InputError:
@@ -209,14 +217,12 @@ class LayerCache:
     Args:
         plan: The plan whose steps will be asked for.
         course: The path, and how far each output goes.
-        dtype: The dtype to compute in on a device of torch's.
+        dtype: The dtype to compute in on a device of torch's: ``float64`` or ``float32``.
         limit: Bytes that those kept may take, as ``rotation_bytes`` counts them.
         inverse: Give the operators that undo.
     """
 
-    def __init__(
-        self, plan: FoldPlan, course: Course, dtype: torch.dtype, limit: int, *, inverse: bool = False
-    ) -> None:
+    def __init__(self, plan: FoldPlan, course: Course, dtype: str, limit: int, *, inverse: bool = False) -> None:
         self._plan = plan
         self._path = course.path
         self._alphas = course.alphas_of_layers(plan)
@@ -262,14 +268,15 @@ class LayerCache:
         operators: Operators = {}
         for alpha in alphas:
             there = built if alpha in whole else bent
-            try:
-                there = there.at(alpha, self._path)
-                residual = there.rotation.residual()
-                there = there.inverse() if self._inverse else there
-            except (ValueError, namespace(there.rotation.factors[0].blocks).linalg.LinAlgError) as error:
-                raise _no_rotation(source, step.layer) from error
-            self.residuals[step.adapter, step.layer.module, alpha] = residual
-            operators[alpha] = self._ready(there, step.view, device)
+            with _on_one_thread(step.layer.run_size(0, step.layer.num_factors)):
+                try:
+                    there = there.at(alpha, self._path)
+                    residual = there.rotation.residual()
+                    there = there.inverse() if self._inverse else there
+                except (ValueError, namespace(there.rotation.factors[0].blocks).linalg.LinAlgError) as error:
+                    raise _no_rotation(source, step.layer) from error
+                self.residuals[step.adapter, step.layer.module, alpha] = residual
+                operators[alpha] = self._ready(there, step.view, device)
         return operators
 
     def _ready(self, operator: LayerOperator, view: View, device: torch.device | None) -> LayerOperator:
@@ -285,5 +292,8 @@ class LayerCache:
             return replace(operator, rotation=rotation.arrays(), scale=None if scale is None else scale.numpy())
         there = replace(operator, rotation=rotation)
         there = there.tensors() if is_array else there
-        scale = None if there.scale is None else there.scale.to(device, self._dtype)
-        return replace(there, rotation=there.rotation.to(device, self._dtype), scale=scale)
+        from boft_export.pipeline.torch_io import DTYPE_NAMED
+
+        dtype = DTYPE_NAMED[self._dtype]
+        scale = None if there.scale is None else there.scale.to(device, dtype)
+        return replace(there, rotation=there.rotation.to(device, dtype), scale=scale)

@@ -121,15 +121,11 @@ class NativeFold:
         with self._lock:
             if (found := self._prepared.get(key)) is not None:
                 return found
-        import torch
-
-        operators = [self._layers.get(step, alpha, torch.device("cpu")) for step, alpha in steps]
+        operators = [self._layers.get(step, alpha, None) for step, alpha in steps]
         factors = [f for o in operators for f in o.rotation.factors]
-        scales = [o.scale.numpy() for o in operators if o.scale is not None]
+        scales = [o.scale for o in operators if o.scale is not None]
         prepared = _Prepared(
-            native.Program(
-                [native.Stage(f.blocks.numpy(), f.index.numpy()) for f in factors], steps[0][0].layer.num_features
-            ),
+            native.Program([native.Stage(f.blocks, f.index) for f in factors], steps[0][0].layer.num_features),
             np.prod(scales, axis=0) if scales else None,
             operators[0].weight,
         )

@@ -14,6 +14,8 @@ from boft_export.checkpoint import FLOAT_DTYPES, TensorRef
 from boft_export.pipeline.devices import Device
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in FLOAT_DTYPES.items()}
+# By the names that options have.
+DTYPE_NAMED: dict[str, torch.dtype] = {FLOAT_DTYPES[name]: dtype for name, dtype in TORCH_DTYPES.items()}
 
 
 def read_bytes(ref: TensorRef, start: int, stop: int, *, pinned: bool = False) -> Tensor:

@@ -62,9 +62,10 @@ class Workbench:
         self._native = NativeFold(layers, engine.jobs + 1) if engine.is_native else None
         self._back: WayBack | None = None
         if back is not None:
+            from boft_export.pipeline.torch_io import DTYPE_NAMED
             from boft_export.pipeline.way_back import WayBack
 
-            self._back = WayBack(layers, back, engine.torch_compute)
+            self._back = WayBack(layers, back, DTYPE_NAMED[engine.compute])
         self._torch_threads: int | None = None
         self._lock = threading.Lock()
 
@@ -156,7 +157,7 @@ class Workbench:
         device: Device,
     ) -> tuple[Buffer, list[Measure]]:
         from boft_export.pipeline.fold import fold
-        from boft_export.pipeline.torch_io import as_tensor, torch_device
+        from boft_export.pipeline.torch_io import DTYPE_NAMED, as_tensor, torch_device
 
         self._one_torch_thread()
         place = torch_device(device)
@@ -166,7 +167,7 @@ class Workbench:
             [(step, self._layers.get(step, alpha, place)) for step, alpha in steps],
             chunk.start,
             as_tensor(out, chunk.tensor.dtype),
-            compute=self._engine.torch_compute,
+            compute=DTYPE_NAMED[self._engine.compute],
             device=place,
             tile=tile,
         )
