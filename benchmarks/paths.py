@@ -53,7 +53,8 @@ def in_planes(angles: list[float]) -> Tensor:
     s = torch.zeros(size, size, dtype=torch.float64)
     for i, angle in enumerate(angles):
         s[2 * i, 2 * i + 1] = math.tan(angle / 2) if angle < math.pi - 1e-6 else 2 / (math.pi - angle)
-    return skew(2 * basis @ (s - s.T) / 2 @ basis.T)[None, None]
+    generator: Tensor = skew(2 * basis @ (s - s.T) / 2 @ basis.T)[None, None]
+    return generator
 
 
 def exact_power(s: Tensor, alpha: float) -> mpmath.matrix:

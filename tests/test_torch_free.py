@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import properties
+from threadpoolctl import threadpool_info
 
 from boft_export.adapters import AdapterLayer, Parametrization, Storage
 from boft_export.checkpoint.tensors import HeldBytes, TensorRef
@@ -24,6 +26,7 @@ from boft_export.linalg.planner import Costs, plan_stages
 from boft_export.linalg.rotation import Factor, Rotation
 from boft_export.pipeline.array_io import read_array
 from boft_export.pipeline.layers import build_arrays, build_layer
+from boft_export.pipeline.one_blas_thread import OneBlasThread
 from boft_export.pipeline.torch_io import as_bytes, read_tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -125,6 +128,44 @@ def test_a_layer_is_built_of_arrays_and_given_as_tensors(layer):
 def test_values_that_give_no_rotation_are_refused(layer, factor):
     with pytest.raises(InputError, match="too large to give a rotation"):
         build_arrays(source_of(layer, factor * 100), layer)
+
+
+def test_large_blocks_are_the_same_for_any_number_of_blas_threads() -> None:
+    code = """
+import hashlib
+import numpy as np
+from types import SimpleNamespace
+from boft_export.adapters import AdapterLayer, View
+from boft_export.checkpoint.tensors import HeldBytes, TensorRef
+from boft_export.linalg.path import InterpolationPath
+from boft_export.pipeline.layers import LayerCache
+blocks = np.random.default_rng(0).standard_normal((2, 4, 256, 256)) * 0.05
+source = SimpleNamespace(name="a", refs={"b": TensorRef("b", "F64", blocks.shape, HeldBytes(blocks.tobytes()), "f")})
+step = SimpleNamespace(adapter=0, layer=AdapterLayer("m", "b", None, 2, 4, 256, None), view=View.INPUT)
+course = SimpleNamespace(path=InterpolationPath.GEODESIC, alphas_of_layers=lambda _: {(0, "m"): [1.0]})
+cache = LayerCache(SimpleNamespace(adapters=[source]), course, None, 1 << 30, inverse=True)
+for factor in cache.get(step, 1.0, None).rotation.factors:
+    print(hashlib.sha256(factor.blocks).hexdigest())
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ, "OPENBLAS_NUM_THREADS": n}
+        ).stdout
+        for n in ("1", "2", "4")
+    }
+    assert len(found) == 1
+
+
+def test_the_limit_of_threads_is_lifted_by_whoever_leaves_last() -> None:
+    def numbers() -> list[int]:
+        return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
+
+    limit, before = OneBlasThread(), numbers()
+    with limit:
+        with limit:
+            assert set(numbers()) == {1}
+        assert set(numbers()) == {1}
+    assert numbers() == before
 
 
 def test_operators_and_checks_load_no_torch(base: Path, adapter: Path, tmp_path: Path) -> None:
