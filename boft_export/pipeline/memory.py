@@ -19,7 +19,7 @@ RUNTIME_BYTES = 300 << 20
 # Elements of a tile: in float64 a tile and its result stay in a core's second-level cache. A GPU wants more at once.
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 # What is read at once, where memory allows.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20
 DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
