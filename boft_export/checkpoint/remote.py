@@ -18,8 +18,8 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<place>.*)", re.DOT
 # Other names of the same store: an output in an input's folder must be seen to be there.
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file"}
 # What one request asks for, and how many are under way at once for one reader.
-_RANGE = 4 << 20
-_RANGES = 4
+RANGE_BYTES = 4 << 20
+RANGES = 4
 # What tells one state of a file from another, by the names that the stores give it.
 _STATE = (
     "ETag", "etag", "md5Hash", "md5", "content_md5", "generation", "LastModified", "last_modified", "mtime", "modified",
@@ -228,7 +228,7 @@ class RemotePath:
         Raises:
             AccessError: If it can't be read.
         """
-        with remote_errors(self), self.file_system.open(self.key, mode, block_size=_RANGE) as file:
+        with remote_errors(self), self.file_system.open(self.key, mode, block_size=RANGE_BYTES) as file:
             yield file
 
     def read_bytes(self) -> bytes:
@@ -268,17 +268,17 @@ class RemoteBytes:
             AccessError: If the file cannot be read.
         """
         position, end = self.offset + start, self.offset + start + len(buffer)
-        begins = list(range(position, end, _RANGE))
-        for i in range(0, len(begins), _RANGES):
-            batch = begins[i : i + _RANGES]
+        begins = list(range(position, end, RANGE_BYTES))
+        for i in range(0, len(begins), RANGES):
+            batch = begins[i : i + RANGES]
             for begin, data in zip(batch, self._read(batch, end), strict=True):
-                place = buffer[begin - position : begin - position + _RANGE]
+                place = buffer[begin - position : begin - position + RANGE_BYTES]
                 if len(data) != len(place):
                     raise self._truncated()
                 place[:] = data
 
     def _read(self, begins: list[int], end: int) -> list[bytes]:
-        ends = [min(b + _RANGE, end) for b in begins]
+        ends = [min(b + RANGE_BYTES, end) for b in begins]
         try:
             with remote_errors(self.path):
                 system, key = self.path.file_system, self.path.key

@@ -23,7 +23,7 @@ from boft_export.checkpoint.staging import Staging
 from boft_export.errors import AccessError, UsageError
 
 # One part of an upload; a store takes 10,000 of them, and some three are in memory.
-_PART = 16 << 20
+PART_BYTES = 16 << 20
 # Each of these is of use only with those before it. The manifest says that all is there.
 _LAST = ("*.index.json", "config.json", "boft_export.json")
 # A lock of another machine that was not renewed for so many seconds is that of a killed run.
@@ -106,7 +106,7 @@ class RemoteStaging(Staging):
         """Open a file for writing in order; it is there only when it is complete."""
         target = self._files / name
         with remote_errors(target, "write"):
-            file = target.file_system.open(target.key, "wb", block_size=_PART)
+            file = target.file_system.open(target.key, "wb", block_size=PART_BYTES)
         try:
             yield cast("IO[bytes]", _Upload(file, target, self._renew_lock))
             with remote_errors(target, "write"):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
+from boft_export.checkpoint.remote import RANGE_BYTES, RANGES, AnyPath, RemotePath
+from boft_export.checkpoint.remote_staging import PART_BYTES
 from boft_export.errors import ResourceError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import SMALLEST_STAGE, plan_stages
@@ -20,6 +22,13 @@ RUNTIME_BYTES = 300 << 20
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 # What is read at once, where memory allows.
 CHUNK_BYTES = 1 << 20
+# And from a store, where each request takes its time.
+REMOTE_CHUNK_BYTES = 8 << 20
+# What is held of ranges on their way from a store, for each thread, and of parts on their way to one, for each file.
+_REMOTE_READ = RANGES * RANGE_BYTES
+_REMOTE_WRITE = 3 * PART_BYTES
+# Files of an output that are open at once: the next is begun before the last pieces of the one before are written.
+_OPEN_FILES = 2
 DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
@@ -91,21 +100,23 @@ def plan_memory(
     def kept(tensor: TensorPlan) -> int:
         return sum(rotation_bytes(s, course.path, alphas[s.adapter, s.layer.module]) for s in tensor.steps)
 
+    # Twice: the compiled kernel has its own form of them, and the way back its own.
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
     outputs = len(course.variants) + (WAY_BACK_OUTPUTS if way_back else 0)
-    fixed = RUNTIME_BYTES + beside + scratch + rotations * (1 + way_back) + (outputs - 1) * _OUTPUT_BYTES
+    fixed = RUNTIME_BYTES + beside + scratch + rotations * 2 + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     if outputs > 1:
         # Of many outputs the pieces are small, and the allocator keeps a chunk's worth of them.
         fixed += smallest
-    in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * smallest) if limit is None else limit - fixed
+    wanted = REMOTE_CHUNK_BYTES if is_remote(plan) else CHUNK_BYTES
+    in_flight = max(DEFAULT_IN_FLIGHT, (jobs + 1) * max(smallest, 2 * wanted)) if limit is None else limit - fixed
     if in_flight < smallest:
         raise ResourceError(
             f"{limit or 0:,} bytes of memory are too few: this run needs {fixed + smallest:,}.",
             hint=f"Raise --max-memory to at least {-(-(fixed + smallest) // (1 << 20))}MiB, or use fewer --jobs.",
         )
     # Whole elements, whatever their size.
-    chunk = max(min(CHUNK_BYTES, in_flight // (2 * (jobs + 1)) // 8 * 8), 1 << 16)
+    chunk = max(min(wanted, in_flight // (2 * (jobs + 1)) // 8 * 8), 1 << 16)
     return MemoryPlan(in_flight, chunk, in_flight // (jobs + 1), rotations, fixed + in_flight)
 
 
@@ -131,9 +142,25 @@ def chunk_bytes(tensor: TensorPlan, segment: Segment, elements: int, outputs: in
     return count * (read + DTYPE_BITS[tensor.dtype] // 8 * outputs)
 
 
-def default_jobs() -> int:
-    """Return how many threads read, fold and write: one for each core, no more than a disk can feed."""
-    return max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0))))
+def is_remote(plan: FoldPlan) -> bool:
+    """Tell whether the base is read from a store."""
+    return isinstance(plan.base.root, RemotePath)
+
+
+def remote_bytes(plan: FoldPlan, course: Course, output: AnyPath, jobs: int) -> int:
+    """Return what is held of bytes on their way from a store and to one."""
+    reading = jobs * _REMOTE_READ if is_remote(plan) else 0
+    writing = _OPEN_FILES * len(course.variants) * _REMOTE_WRITE if isinstance(output, RemotePath) else 0
+    return reading + writing
+
+
+def default_jobs(*, remote: bool = False) -> int:
+    """Return how many threads read, fold and write: one for each core, no more than a disk can feed.
+
+    Args:
+        remote: They wait for a store most of the time.
+    """
+    return _MOST_JOBS if remote else max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0))))
 
 
 class ByteBudget:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
 from boft_export.checkpoint.remote import AnyPath, lies_in, parse_path
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
-from boft_export.pipeline.memory import MemoryPlan, default_jobs, plan_memory
+from boft_export.pipeline.memory import MemoryPlan, default_jobs, is_remote, plan_memory, remote_bytes
 from boft_export.pipeline.options import MergeOptions, RunOptions
 from boft_export.pipeline.undo import CONFIG_NAME
 from boft_export.planning import FoldPlan, make_plan
@@ -157,12 +157,14 @@ def fit_memory(
     Raises:
         ResourceError: If memory does not suffice.
     """
-    jobs = options.jobs if options.jobs is not None else default_jobs()
+    jobs = options.jobs if options.jobs is not None else default_jobs(remote=is_remote(plan))
     limit = parse_size(options.max_memory) if options.max_memory is not None else None
+    place = parse_path(output)
     while True:
         try:
-            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside)
-            return Prepared(plan, course, parse_path(output), memory, jobs)
+            remote = remote_bytes(plan, course, place, jobs)
+            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside + remote)
+            return Prepared(plan, course, place, memory, jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.
             if options.jobs is not None or jobs == 1:
