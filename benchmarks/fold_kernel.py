@@ -110,6 +110,10 @@ def fold(
     return lambda: list(pool.map(part, range(0, len(weight), step)))
 
 
+# Of stages; 0 is conversion alone.
+SIZES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
 def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,18 +137,15 @@ def main() -> None:
         return {"ns/element": 1e9 * best / weight.numel(), "GB/s": 2 * weight.nbytes / best / 1e9}
 
     stages: list[dict[str, object]] = []
-    for size in (0, 4, 8, 16, 32, 64, 128, 256, 512):
+    for size in (s for s in SIZES if s <= n):
         factors = (
             [Factor(torch.from_numpy(orthogonal(n // size, size)), torch.arange(n).view(-1, size))] if size else []
         )
         row: dict[str, object] = {"stage": size}
-        if size <= n:
-            for kernel in args.kernels:
-                if size or kernel != "torch":
-                    row[kernel] = figures(kernel, factors, "BF16", 1, "rows")["ns/element"]
-                else:
-                    row[kernel] = None
-            stages.append(row)
+        for kernel in args.kernels:
+            measured = size or kernel != "torch"
+            row[kernel] = figures(kernel, factors, "BF16", 1, "rows")["ns/element"] if measured else None
+        stages.append(row)
     print(f"one stage, BF16, rows of {n}, one thread, ns per element (0: conversion, scale and sums alone)")
     print_table(stages)
 

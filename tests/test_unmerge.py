@@ -755,7 +755,9 @@ def test_jobs_memory_and_resuming(tmp_path: Path) -> None:
         _killed_in_the_second_file(lambda **o: work(*inputs, tmp_path / name, **o), size)  # noqa: B023  # called here
         assert not (tmp_path / name).exists()
         result = work(*inputs, tmp_path / name, resume=True)
-        assert result.resumed == ("model-00001-of-00003.safetensors",)
+        # Of the file whose last piece was written, it is open whether it was flushed too.
+        parts = tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+        assert result.resumed in (parts[:1], parts)
         assert digests(tmp_path / name) == whole
     assert weight_files(tmp_path / "out") == weight_files(base)
 

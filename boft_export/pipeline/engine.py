@@ -65,9 +65,6 @@ class Engine:
     @property
     def is_native(self) -> bool:
         """Whether the compiled kernel folds what it can."""
-        if self.inverse or self.way_back:
-            # What is undone must be so by the arithmetic in which it was done, which is torch's.
-            return False
         return self.devices[0].type == "cpu" and self.compute == "float64" and native.instruction_set() is not None
 
     def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:

@@ -13,6 +13,7 @@ import numpy as np
 from boft_export import native
 from boft_export.adapters import View
 from boft_export.checkpoint.dtypes import DTYPE_BITS
+from boft_export.linalg.path import InterpolationPath
 from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.measure import Measure
 from boft_export.planning import Step
@@ -43,20 +44,26 @@ class NativeFold:
 
     Args:
         layers: Gives the operators.
+        path: On which they are.
         kept: How many programs to keep.
     """
 
-    def __init__(self, layers: LayerCache, kept: int) -> None:
+    def __init__(self, layers: LayerCache, path: InterpolationPath, kept: int) -> None:
         self._layers = layers
+        self._path = path
         self._kept = kept
         self._prepared: OrderedDict[tuple[tuple[int, str, float], ...], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
-    @staticmethod
-    def can(steps: Steps, dtypes: Sequence[str]) -> bool:
+    def can(self, steps: Steps, dtypes: tuple[str, str]) -> bool:
         """Tell whether the kernel folds ``steps``, with values of ``dtypes`` in and out."""
-        inputs = [step.view is View.INPUT for step, _ in steps]
-        return native.DTYPES.issuperset(dtypes) and (all(inputs) or len(inputs) == 1)
+        # What isn't rounded shows in which order it was summed, and undoing is torch's.
+        if not native.DTYPES.issuperset(dtypes) or dtypes[1] == "F64":
+            return False
+        if len(steps) == 1:
+            return True
+        rotated = self._path is not InterpolationPath.LINEAR or all(alpha == 1 for _, alpha in steps)
+        return rotated and all(step.view is View.INPUT for step, _ in steps)
 
     def fold(
         self,

@@ -59,7 +59,7 @@ class Workbench:
         self._engine = engine
         self._layers = layers
         self._pool = pool
-        self._native = NativeFold(layers, engine.jobs + 1) if engine.is_native else None
+        self._native = NativeFold(layers, course.path, engine.jobs + 1) if engine.is_native else None
         self._back: WayBack | None = None
         if back is not None:
             from boft_export.pipeline.torch_io import DTYPE_NAMED
