@@ -15,11 +15,13 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import IO, Any, cast
 from urllib.parse import quote
 
 from boft_export.checkpoint.remote import RemotePath, remote_errors
-from boft_export.checkpoint.staging import Staging
+from boft_export.checkpoint.staging import Files, Staging
 from boft_export.errors import AccessError, UsageError
 
 # One part of an upload; a store takes 10,000 of them, and some three are in memory.
@@ -104,21 +106,18 @@ class RemoteStaging(Staging):
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file for writing in order; it is there only when it is complete."""
-        target = self._files / name
-        with remote_errors(target, "write"):
-            file = target.file_system.open(target.key, "wb", block_size=PART_BYTES)
-        try:
-            yield cast("IO[bytes]", _Upload(file, target, self._renew_lock))
-            with remote_errors(target, "write"):
-                file.close()
-        except BaseException:
-            with contextlib.suppress(Exception):
-                file.discard()
-            with contextlib.suppress(AttributeError):
-                # Else it would be closed, and so be there, when it is collected.
-                file.closed = True
-            raise
+        with _upload(self._files / name, self._renew_lock) as file:
+            yield file
         self._whole.add(name)
+
+    @property
+    def shared(self) -> Files:
+        """Where other processes put files; it can be pickled."""
+        return RemoteFiles(self._files)
+
+    def hold(self) -> None:
+        """Renew the lock where it is due."""
+        self._renew_lock()
 
     # Publishing
 
@@ -228,6 +227,39 @@ class RemoteStaging(Staging):
                 with contextlib.suppress(FileNotFoundError):
                     system.rm(path.key, recursive=True)
                 system.invalidate_cache()
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The files of a folder under construction, for other processes, also on other machines; it can be pickled.
+
+    Attributes:
+        folder: Where they are.
+    """
+
+    folder: RemotePath
+
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Open a file for writing in order; it is there only when it is complete."""
+        return _upload(self.folder / name)
+
+
+@contextlib.contextmanager
+def _upload(target: RemotePath, after: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
+    """Open ``target`` for writing in order, with ``after`` called on each write; it is there only when complete."""
+    with remote_errors(target, "write"):
+        file = target.file_system.open(target.key, "wb", block_size=PART_BYTES)
+    try:
+        yield cast("IO[bytes]", _Upload(file, target, after))
+        with remote_errors(target, "write"):
+            file.close()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.discard()
+        with contextlib.suppress(AttributeError):
+            # Else it would be closed, and so be there, when it is collected.
+            file.closed = True
+        raise
 
 
 class _Upload(io.RawIOBase):

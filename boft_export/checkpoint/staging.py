@@ -14,15 +14,19 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from boft_export.checkpoint.remote import AnyPath, RemotePath
 from boft_export.errors import AccessError, ResourceError, UsageError
 
 _JOURNAL = "journal.jsonl"
 _FILES = "files"
+_PARTS = "parts"
 _LOCK = "lock"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -43,14 +47,18 @@ def file_system_errors(path: AnyPath) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_whole(target: Path) -> Iterator[IO[bytes]]:
+def write_whole(target: Path, partial: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its name only when it is complete and flushed to disk.
+
+    Args:
+        target: The file.
+        partial: Its name until then; by default one beside it.
 
     Raises:
         ResourceError: If the disk is full.
         AccessError: If the file can't be written.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial = partial or target.with_name(target.name + ".partial")
     with file_system_errors(target):
         try:
             with partial.open("wb") as file:
@@ -61,6 +69,51 @@ def write_whole(target: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+class Files(Protocol):
+    """Where files of a folder under construction are put."""
+
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Open a file for writing; it is there only when it is complete."""
+
+
+class Journalled(Files, Protocol):
+    """The same, and where it is noted that they are finished."""
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Note that ``name`` is finished, with what the manifest will need of it."""
+
+
+@dataclass(frozen=True)
+class SharedFiles:
+    """The files of a folder under construction, for other processes, also on other machines; it can be pickled.
+
+    Several may write the same file at once, as where one was given up that still runs: each has its own until it is
+    complete, and none of these is ever published.
+
+    Attributes:
+        root: The hidden folder.
+    """
+
+    root: Path
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file for writing; it gets its name only when it is complete and flushed to disk.
+
+        Raises:
+            ResourceError: If the disk is full.
+            AccessError: If the file can't be written, or the folder is not seen here.
+        """
+        target = self.root / _FILES / name
+        partial = self.root / _PARTS / f"{target.name}.{uuid.uuid4().hex}"
+        with file_system_errors(target):
+            # Never the root: where it is missing this is not the file system that it is on.
+            partial.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(target, partial) as file:
+            yield file
 
 
 class Staging:
@@ -105,6 +158,7 @@ class Staging:
             # What was being written when a run was killed is not in the journal.
             for leftover in self.files.rglob("*.partial"):
                 leftover.unlink()
+            shutil.rmtree(self.root / _PARTS, ignore_errors=True)
             # Written anew, so that no line cut short stands before those to come.
             with write_whole(journal) as file:
                 records = ({"fingerprint": fingerprint}, *self.done.values())
@@ -156,6 +210,14 @@ class Staging:
             journal.flush()
             os.fsync(journal.fileno())
         self.done[name] = entry
+
+    @property
+    def shared(self) -> Files:
+        """Where other processes put files; it can be pickled. What they finish is for this one to record."""
+        return SharedFiles(self.root.absolute())
+
+    def hold(self) -> None:
+        """Keep others from taking the folder over, where nothing is written for long."""
 
     def publish(self) -> None:
         """Put the folder in its place in one step, and forget the journal."""

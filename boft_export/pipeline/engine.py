@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -130,19 +130,38 @@ def run_plan(
         ResourceError: If the disk is full.
     """
     hashes = InputHashes(plan.input_files())
-    variants = course.variants
-    todo = [s for s in plan.shards if any(n not in staging.done for v in variants for n in _names(s.name, v, engine))]
-    total = sum(s.nbytes for s in plan.shards) * len(variants)
-    done = total - sum(s.nbytes for s in todo) * len(variants)
+    todo = shards_to_write(plan, course, staging, engine)
+    total = sum(s.nbytes for s in plan.shards) * len(course.variants)
+    done = total - sum(s.nbytes for s in todo) * len(course.variants)
     with Works(plan, course, engine, hashes) as works, Writing(works, plan, staging, todo) as news:
         for nbytes, tensor in news:
             done += nbytes
             if progress is not None and tensor is not None:
                 progress(done, total, tensor)
+    return run_result(plan, course, staging, engine, todo, hashes.digests())
+
+
+def shards_to_write(plan: FoldPlan, course: Course, staging: Staging, engine: Engine) -> tuple[Shard[TensorPlan], ...]:
+    """Return the shards that are not yet there in all outputs."""
+    return tuple(
+        s for s in plan.shards
+        if any(n not in staging.done for v in course.variants for n in _names(s.name, v, engine))
+    )  # fmt: skip
+
+
+def run_result(
+    plan: FoldPlan,
+    course: Course,
+    staging: Staging,
+    engine: Engine,
+    written: Collection[Shard[TensorPlan]],
+    inputs: dict[str, str],
+) -> RunResult:
+    """Return what a run did that has recorded all files in ``staging``, and written these of its shards."""
     return RunResult(
-        outputs=tuple(_output_result(plan, v, staging.done, engine) for v in variants),
-        inputs=hashes.digests(),
-        resumed=tuple(v.path(s.name) for v in variants for s in plan.shards if s not in todo),
+        outputs=tuple(_output_result(plan, v, staging.done, engine) for v in course.variants),
+        inputs=inputs,
+        resumed=tuple(v.path(s.name) for v in course.variants for s in plan.shards if s not in written),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from boft_export.checkpoint.remote import AnyPath
 from boft_export.checkpoint.tensors import bytes_at
@@ -44,20 +44,24 @@ class InputHashes:
             position += len(buffer)
         self._state[path] = (digest, position)
 
-    def digests(self) -> dict[str, str]:
+    def digests(self, names: Collection[str] | None = None) -> dict[str, str]:
         """Return the SHA-256 of each file by its name, reading what has not passed yet.
+
+        Args:
+            names: Of these files; None for all.
 
         Raises:
             DamagedFileError: If a file ends early.
             AccessError: If a file cannot be read.
         """
-        for path in self._state:
+        wanted = {n: p for n, p in self._files.items() if names is None or n in names}
+        for path in dict.fromkeys(wanted.values()):
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise AccessError(f"cannot read {path}: {error.strerror or error}") from error
             self._advance(path, size)
-        return {name: self._state[path][0].hexdigest() for name, path in self._files.items()}
+        return {name: self._state[path][0].hexdigest() for name, path in wanted.items()}
 
 
 def file_digest(path: AnyPath) -> str:

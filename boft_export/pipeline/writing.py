@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from boft_export.checkpoint import Shard, Staging
+from boft_export.checkpoint import Shard
+from boft_export.checkpoint.staging import Journalled
 from boft_export.pipeline.crew import Crew, Line
 from boft_export.pipeline.output_file import OutputFile
 from boft_export.pipeline.undo import UndoWriter, undo_name
@@ -58,11 +59,11 @@ class Writing:
     Args:
         works: Makes the pieces.
         plan: The plan.
-        staging: Where to write.
+        staging: Where to write, and where to note what is finished.
         shards: Which of the plan's shards.
     """
 
-    def __init__(self, works: Works, plan: FoldPlan, staging: Staging, shards: Sequence[Shard[TensorPlan]]) -> None:
+    def __init__(self, works: Works, plan: FoldPlan, staging: Journalled, shards: Sequence[Shard[TensorPlan]]) -> None:
         self._works = works
         self._plan = plan
         self._staging = staging
