@@ -303,7 +303,7 @@ def test_splitting_puts_each_tensor_in_one_shard_of_the_size(layout, max_bytes):
 )
 def test_keeping_shards_keeps_their_names_tensors_and_metadata(tmp_path, given_name, kept):
     tensors = laid({"b": ("U8", (3,)), "a": ("U8", (2,))})
-    (shard,) = keep_shards([(given_name, tensors, {"format": "pt"})])
+    (shard,) = keep_shards([(given_name, tensors, {"format": "pt"}, 0)])
     assert shard.name == kept
     path = tmp_path / "x.safetensors"
     path.write_bytes(shard.header + b"12345")

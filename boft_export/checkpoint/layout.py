@@ -55,10 +55,11 @@ def safetensors_name(file: str) -> str:
     return str(path.with_name(f"{stem}.safetensors"))
 
 
-def keep_shards(files: Sequence[tuple[str, Sequence[T], Mapping[str, str]]]) -> list[Shard[T]]:
-    """Lay tensors out in the files given: (name, tensors, metadata) each."""
+def keep_shards(files: Sequence[tuple[str, Sequence[T], Mapping[str, str], int]]) -> list[Shard[T]]:
+    """Lay tensors out in the files given: (name, tensors, metadata, size of the header where it fits in that) each."""
     return [
-        Shard(safetensors_name(name), tuple(tensors), _header(tensors, metadata)) for name, tensors, metadata in files
+        Shard(safetensors_name(name), tuple(tensors), _header(tensors, metadata, size))
+        for name, tensors, metadata, size in files
     ]
 
 
@@ -94,5 +95,5 @@ def index_json(shards: Sequence[Shard[Any]], metadata: Mapping[str, Any]) -> str
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _header(tensors: Sequence[Laid], metadata: Mapping[str, str]) -> bytes:
-    return header_bytes([(t.name, t.dtype, t.shape) for t in tensors], metadata)
+def _header(tensors: Sequence[Laid], metadata: Mapping[str, str], size: int = 0) -> bytes:
+    return header_bytes([(t.name, t.dtype, t.shape) for t in tensors], metadata, size)

@@ -21,12 +21,17 @@ _MAX_NUMBER = 2**63 - 1
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights: its tensors in the order of their bytes, and its metadata."""
+    """One file of weights: its tensors in the order of their bytes, and its metadata.
+
+    Attributes:
+        header_size: Where in a safetensors file the first tensor's bytes begin; 0 for other formats.
+    """
 
     path: AnyPath
     name: str
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str]
+    header_size: int = 0
 
 
 def read_safetensors(path: AnyPath, name: str | None = None) -> WeightFile:
@@ -79,7 +84,7 @@ def read_safetensors(path: AnyPath, name: str | None = None) -> WeightFile:
     if start_of_data + position != size:
         kind = "truncated" if start_of_data + position > size else "longer than its header says"
         raise damaged(f"it is {kind}: {start_of_data + position:,} bytes expected, {size:,} found")
-    return WeightFile(path, label, tuple(tensors), metadata)
+    return WeightFile(path, label, tuple(tensors), metadata, start_of_data)
 
 
 def _read(path: AnyPath, start: int, size: int) -> bytes:
@@ -106,8 +111,16 @@ def _entry(name: str, value: Mapping[str, Any]) -> tuple[str, str, tuple[int, ..
     return name, dtype, tuple(shape), begin, end
 
 
-def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and header of a safetensors file that holds ``tensors`` (name, dtype, shape) in this order."""
+def header_bytes(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], size: int = 0
+) -> bytes:
+    """Return the length and header of a safetensors file that holds ``tensors`` (name, dtype, shape) in this order.
+
+    Args:
+        tensors: What is in the file.
+        metadata: What else its header says.
+        size: As many bytes it is to be, where it fits in them; else it ends where tensors are aligned.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
@@ -115,5 +128,6 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    room = size - 8 - len(text)
+    text += b" " * (room if room >= 0 else -len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

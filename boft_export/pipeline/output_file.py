@@ -1,4 +1,7 @@
-"""A weight file of the output while it is written: each piece at its place, and what must go in order in order."""
+"""A weight file of the output while it is written: each piece at its place, and what must go in order in order.
+
+Where the disk can share blocks between files, the file begins as a clone of the base's, and what is untouched stays.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from boft_export.checkpoint import Shard
+from boft_export.checkpoint.cloning import clone
 from boft_export.checkpoint.staging import file_system_errors
+from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
 from boft_export.errors import InputError
 from boft_export.pipeline.chunks import Chunk
 from boft_export.pipeline.measure import Measure
@@ -43,19 +48,23 @@ class OutputFile:
         self._descriptor = _descriptor(file)
         self._path = Path(getattr(file, "name", shard.name)).with_suffix("")
         self._measures: dict[str, Measure] = {}
+        self._is_clone = False
         if self._descriptor is None:
             file.write(shard.header)
         else:
+            base = base_in_place(shard)
+            with file_system_errors(self._path):
+                self._is_clone = base is not None and clone(base, self._descriptor, shard.nbytes)
             self._write_at(self._descriptor, 0, memoryview(shard.header))
 
     def place(self, chunk: Chunk, piece: Piece) -> None:
-        """Write a piece where it belongs, where that can be done in any order.
+        """Write a piece where it belongs, where that can be done in any order and it isn't there yet.
 
         Raises:
             ResourceError: If the disk is full.
             AccessError: If the file can't be written.
         """
-        if self._descriptor is not None:
+        if self._descriptor is not None and not (self._is_clone and piece.untouched):
             self._write_at(self._descriptor, chunk.offset, piece.data.data)
 
     def follow(self, chunk: Chunk, piece: Piece) -> None:
@@ -91,6 +100,19 @@ class OutputFile:
             while written < len(data):
                 written += os.pwrite(descriptor, data[written:], offset + written)
         _start_writeback(descriptor, offset, len(data))
+
+
+def base_in_place(shard: Shard[TensorPlan]) -> Path | None:
+    """Return the file on disk that has the base's tensors where the shard has them; None where there is none."""
+    paths = set()
+    offset = len(shard.header)
+    for tensor in shard.tensors:
+        source = tensor.base.source if tensor.base is not None else None
+        if not isinstance(source, FileBytes) or source.offset != offset:
+            return None
+        paths.add(source.path)
+        offset += tensor_bytes(tensor.dtype, tensor.shape)
+    return paths.pop() if len(paths) == 1 else None
 
 
 def check_finite(tensor: TensorPlan, measure: Measure) -> None:

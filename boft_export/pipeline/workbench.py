@@ -34,11 +34,13 @@ class Piece(NamedTuple):
         data: Its bytes.
         measures: What was done to each tile.
         corrections: What undoing it misses.
+        untouched: Whether they are the base's tensor's.
     """
 
     data: Buffer
     measures: list[Measure]
     corrections: Sequence[Block] = ()
+    untouched: bool = False
 
 
 class Workbench:
@@ -93,7 +95,7 @@ class Workbench:
     def make(self, chunk: Chunk, data: Mapping[int, Buffer], device: Device) -> list[Piece]:
         """Return what a chunk becomes in each output."""
         if chunk.tensor.action is Action.COPY:
-            return [Piece(data[0], [])] * len(self._variants)
+            return [Piece(data[0], [], untouched=True)] * len(self._variants)
         # Outputs for which a tensor goes equally far hold the same.
         made: dict[tuple[float, ...], Piece] = {}
         wanted = [v.strength.of(chunk.tensor.name) for v in self._variants]
@@ -117,7 +119,7 @@ class Workbench:
         # What stays the base's own keeps its bytes.
         same = not steps and len(mixture) == 1 and ref is tensor.base and ref.dtype == tensor.dtype
         if same or ref.dtype not in FLOAT_DTYPES:
-            return Piece(data[first], [])
+            return Piece(data[first], [], untouched=same)
         tile = segment.tile(TILE_ELEMENTS[device.type])
         if len(mixture) == 1 and self._native is not None and self._native.can(steps, (ref.dtype, tensor.dtype)):
             out = self._pool.take(chunk.nbytes)
@@ -188,7 +190,7 @@ class Workbench:
 
         tensor, engine = chunk.tensor, self._engine
         ref = tensor.origins[chunk.origins[0]].ref
-        out, measures, _ = piece
+        out, measures, *_ = piece
         self._one_torch_thread()
         result = as_tensor(out, tensor.dtype)
         if (record := engine.records.get(tensor.name)) is not None:
