@@ -17,7 +17,7 @@ from typing import IO, Any
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.cloning import clone
 from boft_export.checkpoint.staging import file_system_errors
-from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
+from boft_export.checkpoint.tensors import FileBytes
 from boft_export.errors import InputError
 from boft_export.pipeline.chunks import Chunk
 from boft_export.pipeline.measure import Measure
@@ -107,11 +107,13 @@ def base_in_place(shard: Shard[TensorPlan]) -> Path | None:
     paths = set()
     offset = len(shard.header)
     for tensor in shard.tensors:
-        source = tensor.base.source if tensor.base is not None else None
-        if not isinstance(source, FileBytes) or source.offset != offset:
+        base = tensor.base
+        if base is None or not isinstance(base.source, FileBytes):
             return None
-        paths.add(source.path)
-        offset += tensor_bytes(tensor.dtype, tensor.shape)
+        if (base.source.offset, base.dtype, base.shape) != (offset, tensor.dtype, tensor.shape):
+            return None
+        paths.add(base.source.path)
+        offset += base.nbytes
     return paths.pop() if len(paths) == 1 else None
 
 

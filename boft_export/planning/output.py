@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 from boft_export.adapters import View
 from boft_export.checkpoint import FLOAT_DTYPES, Shard, TensorRef, index_json, keep_shards, split_shards
 from boft_export.checkpoint.layout import safetensors_name
-from boft_export.checkpoint.tensors import tensor_bytes
 from boft_export.planning.config_edits import apply_edits
 from boft_export.planning.draft import Draft
 from boft_export.planning.model import Action, Segment, SideFile, TensorPlan
@@ -34,8 +33,8 @@ def lay_out(draft: Draft, dtype: str | None, max_shard_bytes: int | None) -> lis
         tensors = [_tensor(draft, t.name, dtype, prefix) for t in file.tensors]
         if file is draft.base.files[-1]:
             tensors += added
-        # Where nothing takes another size, each tensor lies where the base has it, and untouched bytes can be shared.
-        in_place = [tensor_bytes(t.dtype, t.shape) for t in tensors] == [t.nbytes for t in file.tensors]
+        # Where no dtype or shape changes, each tensor lies where the base has it, and untouched bytes can be shared.
+        in_place = [(t.dtype, t.shape) for t in tensors] == [(t.dtype, t.shape) for t in file.tensors]
         files.append((file.name, tensors, file.metadata, file.header_size if in_place else 0))
     if max_shard_bytes is None:
         return keep_shards(files)
