@@ -19,8 +19,11 @@ RANK = {
 }  # fmt: skip
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem in RANK)
 # What only the examples, the tests and optional commands may load.
-FOREIGN = {"transformers", "peft", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "optimum", "matplotlib", "diffusers"}
+FOREIGN = {
+    "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "optimum", "matplotlib", "diffusers", "ray",
+}  # fmt: skip
 ALLOWED = {
+    "pipeline": {"ray"},
     "plots": {"matplotlib"},
     "models": {"transformers", "peft", "diffusers"},
     "onnx": {"transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "diffusers"},

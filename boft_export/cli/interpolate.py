@@ -78,6 +78,8 @@ def command(
     max_memory: opt.MaxMemory = None,
     jobs: opt.Jobs = None,
     resume: opt.Resume = False,
+    engine: opt.EngineKind = opt.EngineName.LOCAL,
+    ray_address: opt.RayAddress = None,
     revision: opt.Revision = None,
     adapter_revision: opt.AdapterRevision = None,
     subfolder: opt.Subfolder = None,
@@ -118,6 +120,8 @@ def command(
             resume=resume,
             overwrite=overwrite,
             sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+            engine=engine.value,
+            ray_address=ray_address,
         )
         if path_report is not None:
             from boft_export.pipeline.prepare import check_further_file, prepare

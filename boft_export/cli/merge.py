@@ -38,6 +38,8 @@ def command(
     max_memory: opt.MaxMemory = None,
     jobs: opt.Jobs = None,
     resume: opt.Resume = False,
+    engine: opt.EngineKind = opt.EngineName.LOCAL,
+    ray_address: opt.RayAddress = None,
     revision: opt.Revision = None,
     adapter_revision: opt.AdapterRevision = None,
     subfolder: opt.Subfolder = None,
@@ -64,6 +66,8 @@ def command(
             resume=resume,
             overwrite=overwrite,
             sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+            engine=engine.value,
+            ray_address=ray_address,
             reversible=reversible,
         )
         if dry_run:

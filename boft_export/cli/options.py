@@ -41,6 +41,13 @@ class ComputeDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class EngineName(StrEnum):
+    """What runs the work."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class ConvView(StrEnum):
     """The meaning of a PEFT BOFT Conv2d adapter."""
 
@@ -104,6 +111,17 @@ AlphaMapFile = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.", rich_help_panel=_RUN)]
+EngineKind = Annotated[
+    EngineName, typer.Option("--engine", help="This process, or a Ray cluster's workers.", rich_help_panel=_RUN)
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, HOST:PORT or ray://HOST:PORT (default: workers on this machine).",
+        metavar="ADDRESS",
+        rich_help_panel=_RUN,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Plan and check only; write nothing.")]
 Revision = Annotated[

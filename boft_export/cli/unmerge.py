@@ -53,6 +53,8 @@ def command(
     max_memory: opt.MaxMemory = None,
     jobs: opt.Jobs = None,
     resume: opt.Resume = False,
+    engine: opt.EngineKind = opt.EngineName.LOCAL,
+    ray_address: opt.RayAddress = None,
     revision: opt.Revision = None,
     adapter_revision: opt.AdapterRevision = None,
     subfolder: opt.Subfolder = None,
@@ -78,6 +80,8 @@ def command(
             resume=resume,
             overwrite=overwrite,
             sources=opt.sources(revision, adapter_revision, subfolder, offline=offline, conv_view=conv_view),
+            engine=engine.value,
+            ray_address=ray_address,
         )
         replaced: dict[str, Any] = {"base": base, "keep_replaced": keep_replaced}
         if dry_run:

@@ -72,6 +72,8 @@ def interpolate(
     overwrite: bool = False,
     sources: Sources | None = None,
     progress: Progress | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> InterpolationResult:
     """Write a checkpoint that goes ``alpha`` of the way from base (0) to tuned (1), or one for each of ``alphas``.
 
@@ -98,6 +100,8 @@ def interpolate(
         overwrite: Replace ``output`` where it exists, in one step at the end.
         sources: Where inputs come from.
         progress: Called with bytes written, bytes in all, and the tensor's name.
+        engine: ``local``, or ``ray`` for the workers of a Ray cluster, a weight file each.
+        ray_address: ``auto``, ``host:port`` or ``ray://host:port``; None for a cluster on this machine.
 
     Raises:
         CheckFailedError: If an output at 1 does not differ from the base though the adapter is trained.
@@ -118,6 +122,8 @@ def interpolate(
         overwrite=overwrite,
         sources=sources,
         progress=progress,
+        engine=engine,
+        ray_address=ray_address,
     )
     done = run("interpolate", base, adapters, output, request, options)
     outputs = tuple(

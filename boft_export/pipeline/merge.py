@@ -49,6 +49,8 @@ def merge(
     overwrite: bool = False,
     sources: Sources | None = None,
     progress: Progress | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     reversible: bool = False,
 ) -> MergeResult:
     """Fold adapters into a base checkpoint and write the result, all or nothing.
@@ -67,6 +69,8 @@ def merge(
         overwrite: Replace ``output`` where it exists, in one step at the end.
         sources: Where inputs come from.
         progress: Called with bytes written, bytes in all, and the tensor's name.
+        engine: ``local``, or ``ray`` for the workers of a Ray cluster, a weight file each.
+        ray_address: ``auto``, ``host:port`` or ``ray://host:port``; None for a cluster on this machine.
         reversible: Write beside the weights what undoing the merge would miss of the base, so that ``unmerge`` gives
             its bytes; takes more time and some 3 to 10 % more disk.
 
@@ -88,6 +92,8 @@ def merge(
         overwrite=overwrite,
         sources=sources,
         progress=progress,
+        engine=engine,
+        ray_address=ray_address,
         reversible=reversible,
     )
     done = run("merge", base, adapters, output, Interpolation(), options)

@@ -9,6 +9,8 @@ from boft_export.planning.inputs import Sources
 
 # Called with bytes done, bytes in all, and what they belong to.
 Progress = Callable[[int, int, str], None]
+# What may run a plan.
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class RunOptions:
         overwrite: Replace the output where it exists, in one step at the end.
         sources: Where inputs come from.
         progress: Called with bytes written, bytes in all, and the tensor's name.
+        engine: ``local`` for this process, or ``ray`` for the workers of a Ray cluster, a weight file each; of each
+            worker ``max_memory`` and ``jobs`` hold, and ``device`` is ``cpu`` or ``cuda``.
+        ray_address: ``auto``, ``host:port`` or ``ray://host:port``; None for what ``RAY_ADDRESS`` says, or a cluster on
+            this machine for as long as the run takes.
     """
 
     dtype: str | None = None
@@ -38,6 +44,8 @@ class RunOptions:
     overwrite: bool = False
     sources: Sources | None = None
     progress: Progress | None = None
+    engine: str = "local"
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True)

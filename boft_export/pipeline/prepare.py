@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
 from boft_export.checkpoint.remote import AnyPath, lies_in, parse_path
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, is_remote, plan_memory, remote_bytes
-from boft_export.pipeline.options import MergeOptions, RunOptions
+from boft_export.pipeline.options import ENGINES, MergeOptions, RunOptions
 from boft_export.pipeline.undo import CONFIG_NAME
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.inputs import Ref, Sources
@@ -122,6 +123,7 @@ def check_options(output: Ref, options: RunOptions) -> None:
         UsageError: If an option can't be understood, or ``output`` may not be written.
     """
     check_output(parse_path(output), overwrite=options.overwrite)
+    _check_engine(options)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"{options.jobs} jobs can't do anything.", hint="Give --jobs 1 or more.")
     if options.max_memory is not None:
@@ -131,6 +133,15 @@ def check_options(output: Ref, options: RunOptions) -> None:
             "a merge into another dtype is not reversible: most of the base's bits are lost in it.",
             hint="Leave --dtype out, or merge without --reversible.",
         )
+
+
+def _check_engine(options: RunOptions) -> None:
+    if options.engine not in ENGINES:
+        raise UsageError(f"engine {options.engine} is not one of {', '.join(ENGINES)}.")
+    if options.engine == "ray" and find_spec("ray") is None:
+        raise UsageError("the engine ray needs a package that is not installed.", hint='pip install "boft-export[ray]"')
+    if options.ray_address is not None and options.engine != "ray":
+        raise UsageError("there is a Ray address, but the engine is local.", hint="Add --engine ray.")
 
 
 def fit_memory(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +23,7 @@ from boft_export.errors import (
     UsageError,
     raise_for_errors,
 )
-from boft_export.pipeline.devices import Device, resolve_devices
+from boft_export.pipeline.devices import CPU, Device, resolve_devices
 from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, run_plan
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
@@ -133,10 +135,36 @@ def devices_for(options: RunOptions) -> tuple[Device, ...]:
     """
     if options.compute_dtype not in COMPUTE_DTYPES:
         raise UsageError(f"compute dtype {options.compute_dtype} is not one of {', '.join(COMPUTE_DTYPES)}.")
+    if options.engine == "ray":
+        return _device_of_workers(options.device)
     try:
         return resolve_devices(options.device)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
+
+
+def _device_of_workers(name: str) -> tuple[Device, ...]:
+    """Return what one worker of a cluster computes on: of its GPUs, if any, Ray shows it one."""
+    known = {"auto": CPU, "cpu": CPU, "cuda": Device("cuda", 0), "cuda:all": Device("cuda", 0)}
+    if name not in known:
+        raise UsageError(f"device {name} can't be had of a Ray cluster.", hint="Use --device cuda: Ray gives out GPUs.")
+    return (known[name],)
+
+
+# Runs a plan, writing into a folder under construction.
+_RunPlan = Callable[[FoldPlan, Course, Staging, Engine], RunResult]
+
+
+@contextmanager
+def _engine_of(options: RunOptions) -> Iterator[_RunPlan]:
+    """Make ready what runs a plan."""
+    if options.engine == "local":
+        yield partial(run_plan, progress=options.progress)
+        return
+    from boft_export.pipeline.ray_engine import connected, run_on_ray
+
+    with connected(options.ray_address):
+        yield partial(run_on_ray, options=options)
 
 
 def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[Device, ...]) -> Finished:
@@ -155,6 +183,13 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[D
         AccessError: If the file system fails.
         ResourceError: If memory or disk does not suffice.
     """
+    with _engine_of(options) as run_it:
+        return _carry_out(verb, ready, options, devices, run_it)
+
+
+def _carry_out(
+    verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[Device, ...], run_it: _RunPlan
+) -> Finished:
     plan, course, target = ready.plan, ready.course, ready.output
     values = [inspect_values(a) for a in plan.adapters]
     untrained = {(i, module) for i, (_, modules) in enumerate(values) for module in modules}
@@ -185,7 +220,7 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[D
             reversible=verb.reversible,
             records=verb.records,
         )
-        done = run_plan(plan, course, staging, engine, options.progress)
+        done = run_it(plan, course, staging, engine)
         _check_inputs(plan, course, fingerprint, settings)
         manifests = []
         lost: list[Notice] = []

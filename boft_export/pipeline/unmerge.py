@@ -77,6 +77,8 @@ def unmerge(
     overwrite: bool = False,
     sources: Sources | None = None,
     progress: Progress | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> UnmergeResult:
     """Undo a merge and write what was before it, all or nothing: W = diag(1/s) W' R, rounded once.
 
@@ -99,6 +101,8 @@ def unmerge(
         overwrite: Replace ``output`` where it exists, in one step at the end.
         sources: Where inputs come from.
         progress: Called with bytes written, bytes in all, and the tensor's name.
+        engine: ``local``, or ``ray`` for the workers of a Ray cluster, a weight file each.
+        ray_address: ``auto``, ``host:port`` or ``ray://host:port``; None for a cluster on this machine.
 
     Raises:
         CheckFailedError: If what comes out by a record is not the base.
@@ -119,6 +123,8 @@ def unmerge(
         overwrite=overwrite,
         sources=sources,
         progress=progress,
+        engine=engine,
+        ray_address=ray_address,
     )
     devices = devices_for(options)
     undo, ready = prepare_unmerge(

@@ -1,0 +1,423 @@
+"""Running a plan on a Ray cluster: a task for each weight file; the driver alone plans, keeps the journal, publishes.
+
+A task does what the local engine does, for one file. A worker that is lost costs no more than its file, which Ray has
+another one write. What a task finished counts once the driver has it in the journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import pickle
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from boft_export.checkpoint import Shard, Staging
+from boft_export.checkpoint.remote import AnyPath, file_state
+from boft_export.checkpoint.staging import Files, file_system_errors
+from boft_export.checkpoint.tensors import BytesInFile, HeldBytes
+from boft_export.errors import AccessError, BoftExportError, ResourceError, UsageError
+from boft_export.pipeline.engine import Engine, RunResult, run_result, shards_to_write
+from boft_export.pipeline.hashing import InputHashes
+from boft_export.pipeline.options import Progress, RunOptions
+from boft_export.pipeline.works import Works
+from boft_export.pipeline.writing import Writing
+from boft_export.planning import FoldPlan, TensorPlan
+from boft_export.planning.strength import Course
+from boft_export.version import __version__
+
+if TYPE_CHECKING:
+    # Ray brings no types for these.
+    Ref = Any
+
+# How often a file is written again whose worker was lost, by what is no error of ours.
+_RETRIES = 3
+# Seconds between two looks at what was done, between two words of a worker, and for workers to stop by themselves.
+_POLL = 0.2
+_WORD = 0.1
+_STOP = 5.0
+# Nothing but the plan is in it; Ray's default is a third of the memory.
+_OBJECT_STORE = 128 << 20
+_SHARED = "Inputs and output must lie where every node of the cluster sees them by the same path or URL."
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all tasks of a run share.
+
+    Attributes:
+        plan: The plan.
+        course: How far each output goes.
+        engine: How each worker computes.
+        files: Where they write.
+        folder: What relative paths start from.
+        inputs: Each input's path by its name, and what it was like when the run began.
+    """
+
+    plan: FoldPlan
+    course: Course
+    engine: Engine
+    files: Files
+    folder: str
+    inputs: Mapping[str, tuple[AnyPath, tuple[object, ...]]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One task.
+
+    Attributes:
+        shard: The number of the shard to write; None for none.
+        reads: The names of the inputs it reads.
+        digests: The names of those it tells the SHA-256 of.
+    """
+
+    shard: int | None
+    reads: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+@dataclass
+class _Finished:
+    """What a task did: what to note in the journal of each file, and digests of inputs.
+
+    Attributes:
+        files: Where it writes.
+        records: Each finished file, in order, with what is to be noted of it.
+        digests: SHA-256 by the input's name.
+    """
+
+    files: Files
+    records: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Open a file for writing."""
+        return self.files.write(name)
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep for the driver what to note of a finished file."""
+        self.records.append((name, content))
+
+
+class _Tally:
+    """An actor that holds what was last heard of each shard: its bytes written, and a tensor."""
+
+    def __init__(self) -> None:
+        self._news: dict[int, tuple[int, str]] = {}
+
+    def tell(self, shard: int, nbytes: int, tensor: str) -> None:
+        """Take note of it."""
+        self._news[shard] = nbytes, tensor
+
+    def told(self) -> dict[int, tuple[int, str]]:
+        """Return what is new."""
+        news, self._news = self._news, {}
+        return news
+
+
+# What a worker does
+
+
+def _perform(versions: Mapping[str, str], pickled: bytes, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401
+    """Do a task, on a worker.
+
+    Raises:
+        UsageError: If other versions are installed here.
+        BoftExportError: As ``run_plan`` does.
+    """
+    if (found := _versions()) != versions:
+        raise UsageError(
+            f"node {platform.node()} of the cluster has {_told(found)}; the run was started with {_told(versions)}.",
+            hint="Install the same versions on all nodes.",
+        )
+    job: _Job = pickle.loads(pickled)  # noqa: S301  # whoever can start tasks here can run anything
+    with contextlib.suppress(OSError):
+        os.chdir(job.folder)
+    try:
+        return _done(job, task, tally)
+    except AccessError as error:
+        message = f"{error.message.rstrip('.')} (on node {platform.node()})."
+        raise AccessError(message, hint=error.hint or _SHARED) from error
+
+
+def _done(job: _Job, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401  # a handle of Ray's
+    for name in task.reads:
+        path, state = job.inputs[name]
+        try:
+            same = file_state(path) == state
+        except OSError as error:
+            raise AccessError(f"cannot read {path}: {error.strerror or error}.") from error
+        if not same:
+            raise AccessError(f"{path} is not the file that it is where the run was started.")
+    hashes = InputHashes({n: path for n, (path, _) in job.inputs.items()})
+    finished = _Finished(job.files)
+    if task.shard is not None:
+        _write(job, task.shard, hashes, finished, tally)
+    finished.digests = hashes.digests(task.digests)
+    return finished
+
+
+def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, tally: Any) -> None:  # noqa: ANN401
+    written, last = 0, 0.0
+    shard = job.plan.shards[number]
+    works = Works(job.plan, job.course, job.engine, hashes)
+    with works, Writing(works, job.plan, finished, [shard]) as news:
+        for nbytes, tensor in news:
+            written += nbytes
+            if tensor is not None and time.monotonic() - last > _WORD:
+                last = time.monotonic()
+                tally.tell.remote(number, written, tensor)
+
+
+def _versions() -> dict[str, str]:
+    return {"boft-export": __version__, "torch": version("torch")}
+
+
+def _told(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in versions.items())
+
+
+# What the driver does
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or have one on this machine for as long as that takes.
+
+    A connection that is there already serves, and stays.
+
+    Args:
+        address: ``auto``, ``host:port``, ``ray://host:port`` or ``local``; None for what ``RAY_ADDRESS`` says, or a
+            cluster on this machine.
+
+    Raises:
+        AccessError: If the cluster can't be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if place == "local" else {}
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        try:
+            ray.init(place, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR, **own)
+        except Exception as error:  # of a cluster that can't be reached Ray raises whatever met it on the way
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise AccessError(
+                f"the Ray cluster {place} can't be used: {reason}.",
+                hint="Check --ray-address with: ray status --address HOST:PORT",
+            ) from error
+        yield
+    finally:
+        ray.shutdown()
+        logger.setLevel(level)
+
+
+def run_on_ray(plan: FoldPlan, course: Course, staging: Staging, engine: Engine, options: RunOptions) -> RunResult:
+    """Do what ``run_plan`` does on the cluster that this process is connected to.
+
+    Raises:
+        UsageError: If no node can do it, or weights are in a form that can't be read by ranges.
+        ResourceError: If workers are lost again and again.
+        AccessError: If a node does not see the files.
+        BoftExportError: As ``run_plan`` does.
+    """
+    _check_readable(plan)
+    engine, resources = _fit(engine, options)
+    job = _Job(
+        plan,
+        course,
+        engine,
+        staging.shared,
+        str(Path.cwd()),
+        {n: (p, file_state(p)) for n, p in plan.input_files().items()},
+    )
+    todo = shards_to_write(plan, course, staging, engine)
+    run = _Run(plan, course, staging, todo, options.progress)
+    digests = run.perform(job, _tasks(plan, todo), resources)
+    return run_result(plan, course, staging, engine, todo, {n: digests[n] for n in job.inputs})
+
+
+class _Run:
+    """Tasks on their way."""
+
+    def __init__(
+        self,
+        plan: FoldPlan,
+        course: Course,
+        staging: Staging,
+        todo: Sequence[Shard[TensorPlan]],
+        progress: Progress | None,
+    ) -> None:
+        self._plan = plan
+        self._staging = staging
+        self._progress = progress
+        self._sizes = [s.nbytes * len(course.variants) for s in plan.shards]
+        # Bytes written of each shard, of those that were there before all.
+        self._written = {i: self._sizes[i] for i, s in enumerate(plan.shards) if s not in todo}
+        self._whole = set(self._written)
+
+    def perform(self, job: _Job, tasks: Sequence[_Task], resources: Mapping[str, float]) -> dict[str, str]:
+        """Have all tasks done; return the digests of the inputs."""
+        tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1).remote()
+        shared = ray.put(pickle.dumps(job))
+        do = ray.remote(_perform)
+        digests: dict[str, str] = {}
+        pending: dict[Ref, _Task] = {}
+        try:
+            for task in tasks:
+                how = {**resources, "max_retries": _RETRIES, "name": self._name(task)}
+                pending[do.options(**how).remote(_versions(), shared, task, tally)] = task
+            news = tally.told.remote()
+            while pending:
+                for ref in ray.wait(list(pending), timeout=_POLL)[0]:
+                    task = pending.pop(ref)
+                    digests |= self._take(ref, task).digests
+                if ray.wait([news], timeout=0)[0]:
+                    # Without it nothing is lost but a bar that moves.
+                    with contextlib.suppress(RayError):
+                        self._show(ray.get(news))
+                    news = tally.told.remote()
+                self._staging.hold()
+        except BaseException:
+            _cancel(list(pending))
+            raise
+        finally:
+            ray.kill(tally)
+        return digests
+
+    def _name(self, task: _Task) -> str:
+        return f"write {self._plan.shards[task.shard].name}" if task.shard is not None else f"digest {task.reads[0]}"
+
+    def _take(self, ref: Ref, task: _Task) -> _Finished:
+        """Take a task's result, and note in the journal what it finished."""
+        try:
+            finished: _Finished = ray.get(ref)
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except RayError as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise ResourceError(
+                f"Ray gave up to {self._name(task)} after {1 + _RETRIES} tries: {reason}.",
+                hint="A worker may have run out of memory: lower --max-memory or --jobs. Then go on with --resume.",
+            ) from error
+        for name, content in finished.records:
+            with file_system_errors(self._staging.output):
+                self._staging.record(name, content)
+        if task.shard is not None:
+            self._whole.add(task.shard)
+            self._show(
+                {task.shard: (self._sizes[task.shard], self._plan.shards[task.shard].tensors[-1].name)}, last=True
+            )
+        return finished
+
+    def _show(self, news: Mapping[int, tuple[int, str]], *, last: bool = False) -> None:
+        """Tell how far it is; a shard that is written again begins at nothing."""
+        for shard, (nbytes, tensor) in news.items():
+            if shard in self._whole and not last:
+                continue
+            self._written[shard] = nbytes
+            if self._progress is not None:
+                self._progress(sum(self._written.values()), sum(self._sizes), tensor)
+
+
+def _tasks(plan: FoldPlan, todo: Sequence[Shard[TensorPlan]]) -> list[_Task]:
+    """Return a task for each shard, and one for each input that not exactly one shard reads."""
+    inputs = plan.input_files()
+    names = {path: name for name, path in inputs.items()}
+    adapters = [n for n in inputs if n.startswith("adapter")]
+    reads: dict[int, list[str]] = {}
+    for number, shard in enumerate(plan.shards):
+        if shard in todo:
+            sources = (o.ref.source for t in shard.tensors for o in t.origins)
+            paths = dict.fromkeys(s.path for s in sources if isinstance(s, BytesInFile))
+            reads[number] = [names[p] for p in paths if p in names]
+    readers = Counter(itertools.chain.from_iterable(reads.values()))
+    own = {n for n, count in readers.items() if count == 1}
+    tasks = [
+        _Task(i, tuple(dict.fromkeys((*found, *adapters))), tuple(n for n in found if n in own))
+        for i, found in reads.items()
+    ]
+    return tasks + [_Task(None, (n,), (n,)) for n in inputs if n not in own]
+
+
+def _fit(engine: Engine, options: RunOptions) -> tuple[Engine, dict[str, float]]:
+    """Return how a worker computes, and what a task asks of a node.
+
+    Raises:
+        UsageError: If there is no such node.
+    """
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    most = int(max((n.get("CPU", 0) for n in nodes), default=0))
+    jobs = engine.jobs
+    # A cluster without any may yet grow.
+    if most and jobs > most:
+        if options.jobs is not None:
+            raise UsageError(
+                f"no node of the Ray cluster has {jobs} CPUs for one task; the largest has {most}.",
+                hint=f"Use --jobs {most} or fewer: so many threads work on one file, and files side by side.",
+            )
+        jobs = most
+    resources = {"num_cpus": float(jobs)}
+    if engine.devices[0].type == "cuda":
+        if not any(n.get("GPU", 0) >= 1 for n in nodes):
+            raise UsageError("no node of the Ray cluster has a GPU.", hint="Use --device cpu.")
+        resources["num_gpus"] = 1.0
+    return replace(engine, jobs=jobs), resources
+
+
+def _check_readable(plan: FoldPlan) -> None:
+    """Refuse weights that are held in memory: each task would bring them all along.
+
+    Raises:
+        UsageError: If there are any.
+    """
+    for file in (*plan.base.files, *(a.weights for a in plan.adapters)):
+        if any(isinstance(t.source, HeldBytes) for t in file.tensors):
+            raise UsageError(
+                f"{file.path} is in an old form of torch.save, which workers can't read by ranges.",
+                hint="Save it as safetensors, or use --engine local.",
+            )
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """Return what was raised on the worker."""
+    cause: BaseException = error.cause
+    if (
+        not isinstance(cause, BoftExportError)
+        and "boft_export" in str(cause)
+        and isinstance(cause, RuntimeError | ImportError)
+    ):
+        return UsageError(
+            "a node of the Ray cluster can't load boft_export.",
+            hint=f'On each node: pip install "boft-export[ray]=={__version__}"',
+        )
+    return cause
+
+
+def _cancel(pending: Sequence[Ref]) -> None:
+    """Stop tasks; those that are at work get some time to remove what is half written."""
+    with contextlib.suppress(RayError):
+        for ref in pending:
+            ray.cancel(ref)
+        if pending:
+            _, left = ray.wait(list(pending), num_returns=len(pending), timeout=_STOP)
+            for ref in left:
+                ray.cancel(ref, force=True)
