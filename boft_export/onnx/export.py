@@ -115,7 +115,7 @@ def export_onnx(
         compute_dtype: ``float64``, after which each element is rounded once, or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes that folding may take, as ``700MiB``.
-        jobs: Threads that fold.
+        jobs: Threads that read, fold and write.
         overwrite: Replace ``output`` where it exists, in one step at the end.
         sources: Where inputs come from.
         progress: Called with bytes written, bytes in all, and the tensor's name.

@@ -95,7 +95,7 @@ def interpolate(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:all``.
         max_shard_size: The largest file of the output, as ``5GB``; None keeps the base's files.
         max_memory: Bytes that the whole process may take, as ``700MiB``.
-        jobs: Threads that fold; by default one less than there are cores, which are for reading and writing.
+        jobs: Threads that read, fold and write; by default one for each core.
         resume: Go on with a killed run.
         overwrite: Replace ``output`` where it exists, in one step at the end.
         sources: Where inputs come from.

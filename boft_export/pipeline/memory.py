@@ -83,7 +83,7 @@ def plan_memory(
         plan: What will be done.
         course: How far each output goes.
         limit: Bytes the whole process may take; None for what runs well.
-        jobs: Threads that fold.
+        jobs: Threads that read, fold and write.
         device: ``cpu`` or ``cuda``; on a GPU the tiles are in its own memory.
         way_back: Each fold is undone too, and what that misses may be written.
         beside: Bytes that whoever takes the results needs.

@@ -30,7 +30,7 @@ class Prepared:
         course: How far each output goes.
         output: Where.
         memory: How memory is divided.
-        jobs: Threads that fold.
+        jobs: Threads that read, fold and write.
     """
 
     plan: FoldPlan
