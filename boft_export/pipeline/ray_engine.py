@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import platform
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,12 +218,12 @@ def connected(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         try:
+            _check_reached(place)
             ray.init(place, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR, **own)
         except Exception as error:  # of a cluster that can't be reached Ray raises whatever met it on the way
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise AccessError(
-                f"the Ray cluster {place} can't be used: {reason}.",
-                hint="Check --ray-address with: ray status --address HOST:PORT",
+                f"the Ray cluster {place} can't be used: {_reason(error)}.",
+                hint="Check it with: ray status --address HOST:PORT. Where it has tokens, set RAY_AUTH_MODE=token.",
             ) from error
         yield
     finally:
@@ -230,17 +231,50 @@ def connected(address: str | None) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _check_reached(place: str) -> None:
+    """Fail where nobody listens, for which Ray would wait some minutes.
+
+    Raises:
+        OSError: If so.
+    """
+    host, _, port = place.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _STOP).close()
+
+
+def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions) -> None:
+    """See that the cluster that this process is connected to can do what is planned.
+
+    Args:
+        plan: The plan.
+        jobs: Threads of a worker.
+        device: ``cpu`` or ``cuda``.
+        options: What was asked for.
+
+    Raises:
+        UsageError: If no node can do it, or weights are in a form that can't be read by ranges.
+    """
+    # Held in memory, each task would bring them all along.
+    for file in (*plan.base.files, *(a.weights for a in plan.adapters)):
+        if any(isinstance(t.source, HeldBytes) for t in file.tensors):
+            raise UsageError(
+                f"{file.path} is in an old form of torch.save, which workers can't read by ranges.",
+                hint="Save it as safetensors, or use --engine local.",
+            )
+    _fit(jobs, device, options)
+
+
 def run_on_ray(plan: FoldPlan, course: Course, staging: Staging, engine: Engine, options: RunOptions) -> RunResult:
     """Do what ``run_plan`` does on the cluster that this process is connected to.
 
     Raises:
-        UsageError: If no node can do it, or weights are in a form that can't be read by ranges.
+        UsageError: If no node can do it.
         ResourceError: If workers are lost again and again.
         AccessError: If a node does not see the files.
         BoftExportError: As ``run_plan`` does.
     """
-    _check_readable(plan)
-    engine, resources = _fit(engine, options)
+    jobs, resources = _fit(engine.jobs, engine.devices[0].type, options)
+    engine = replace(engine, jobs=jobs)
     job = _Job(
         plan,
         course,
@@ -313,9 +347,8 @@ class _Run:
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise ResourceError(
-                f"Ray gave up to {self._name(task)} after {1 + _RETRIES} tries: {reason}.",
+                f"Ray gave up to {self._name(task)} after {1 + _RETRIES} tries: {_reason(error)}.",
                 hint="A worker may have run out of memory: lower --max-memory or --jobs. Then go on with --resume.",
             ) from error
         for name, content in finished.records:
@@ -358,15 +391,14 @@ def _tasks(plan: FoldPlan, todo: Sequence[Shard[TensorPlan]]) -> list[_Task]:
     return tasks + [_Task(None, (n,), (n,)) for n in inputs if n not in own]
 
 
-def _fit(engine: Engine, options: RunOptions) -> tuple[Engine, dict[str, float]]:
-    """Return how a worker computes, and what a task asks of a node.
+def _fit(jobs: int, device: str, options: RunOptions) -> tuple[int, dict[str, float]]:
+    """Return how many threads a worker has, and what a task asks of a node.
 
     Raises:
         UsageError: If there is no such node.
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     most = int(max((n.get("CPU", 0) for n in nodes), default=0))
-    jobs = engine.jobs
     # A cluster without any may yet grow.
     if most and jobs > most:
         if options.jobs is not None:
@@ -376,25 +408,11 @@ def _fit(engine: Engine, options: RunOptions) -> tuple[Engine, dict[str, float]]
             )
         jobs = most
     resources = {"num_cpus": float(jobs)}
-    if engine.devices[0].type == "cuda":
+    if device == "cuda":
         if not any(n.get("GPU", 0) >= 1 for n in nodes):
             raise UsageError("no node of the Ray cluster has a GPU.", hint="Use --device cpu.")
         resources["num_gpus"] = 1.0
-    return replace(engine, jobs=jobs), resources
-
-
-def _check_readable(plan: FoldPlan) -> None:
-    """Refuse weights that are held in memory: each task would bring them all along.
-
-    Raises:
-        UsageError: If there are any.
-    """
-    for file in (*plan.base.files, *(a.weights for a in plan.adapters)):
-        if any(isinstance(t.source, HeldBytes) for t in file.tensors):
-            raise UsageError(
-                f"{file.path} is in an old form of torch.save, which workers can't read by ranges.",
-                hint="Save it as safetensors, or use --engine local.",
-            )
+    return jobs, resources
 
 
 def _cause(error: RayTaskError) -> BaseException:
@@ -410,6 +428,11 @@ def _cause(error: RayTaskError) -> BaseException:
             hint=f'On each node: pip install "boft-export[ray]=={__version__}"',
         )
     return cause
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _cancel(pending: Sequence[Ref]) -> None:

@@ -156,14 +156,15 @@ _RunPlan = Callable[[FoldPlan, Course, Staging, Engine], RunResult]
 
 
 @contextmanager
-def _engine_of(options: RunOptions) -> Iterator[_RunPlan]:
+def _engine_of(options: RunOptions, ready: Prepared, device: Device) -> Iterator[_RunPlan]:
     """Make ready what runs a plan."""
     if options.engine == "local":
         yield partial(run_plan, progress=options.progress)
         return
-    from boft_export.pipeline.ray_engine import connected, run_on_ray
+    from boft_export.pipeline.ray_engine import check_cluster, connected, run_on_ray
 
     with connected(options.ray_address):
+        check_cluster(ready.plan, ready.jobs, device.type, options)
         yield partial(run_on_ray, options=options)
 
 
@@ -183,7 +184,7 @@ def carry_out(verb: Verb, ready: Prepared, options: RunOptions, devices: tuple[D
         AccessError: If the file system fails.
         ResourceError: If memory or disk does not suffice.
     """
-    with _engine_of(options) as run_it:
+    with _engine_of(options, ready, devices[0]) as run_it:
         return _carry_out(verb, ready, options, devices, run_it)
 
 
