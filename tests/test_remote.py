@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,44 +28,6 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
 MAIN = "from boft_export.cli.main import main\nmain()\n"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A local S3 server, to which this process and its children are directed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            for _ in range(200):
-                with contextlib.suppress(OSError), urllib.request.urlopen(endpoint, timeout=1):
-                    break
-                time.sleep(0.1)
-            yield endpoint
-        finally:
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture
-def bucket(server: str, request: pytest.FixtureRequest) -> str:
-    """An empty bucket."""
-    assert server
-    name = f"b{abs(hash(request.node.name)) % 10**12}"
-    fsspec.filesystem("s3").mkdir(name)
-    return f"s3://{name}"
 
 
 def put(folder: Path, url: str) -> str:
