@@ -92,12 +92,10 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {p.name: hashlib.sha256(p.read_bytes()).digest() for p in sorted(folder.glob("*.safetensors"))}
 
 
-def private_bytes(folder: Path) -> int:
-    """Return how many bytes of a folder's weight files are in blocks of their own."""
-    return sum(_private_bytes(p) for p in folder.glob("*.safetensors"))
-
-
-def _private_bytes(path: Path) -> int:
+def private_bytes(path: Path) -> int:
+    """Return how many bytes of a weight file, or of all in a folder, are in blocks of their own."""
+    if path.is_dir():
+        return sum(map(private_bytes, path.glob("*.safetensors")))
     count, found, start = 512, 0, 0
     with path.open("rb") as file:
         while True:
@@ -138,6 +136,16 @@ def test_what_lies_elsewhere_is_written(there: Path, inputs: Inputs, tmp_path: P
     assert weights(there / "out") == weights(tmp_path / "out")
     size = sum(p.stat().st_size for p in (there / "out").glob("*.safetensors"))
     assert private_bytes(there / "out") >= size
+
+
+def test_where_most_changes_all_is_written(there: Path, tmp_path: Path) -> None:
+    """Only the file with the embedding is left as it was for the most part."""
+    adapter = {}
+    for module in (f"layers.{i}.{m}_proj" for i in range(4) for m in "kqv"):
+        adapter |= boft_tensors(module, FEATURES, FEATURES)
+    boft_export.merge(there / "base", write_adapter(tmp_path / "adapter", adapter), there / "out")
+    files = sorted((there / "out").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    assert [private_bytes(p) >= p.stat().st_size for p in files] == [True, True, True, False]
 
 
 def test_from_one_disk_to_another(there: Path, inputs: Inputs, tmp_path: Path) -> None:

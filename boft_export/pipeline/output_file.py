@@ -1,6 +1,6 @@
 """A weight file of the output while it is written: each piece at its place, and what must go in order in order.
 
-Where the disk can share blocks between files, the file begins as a clone of the base's, and what is untouched stays.
+Where the disk can share blocks between files, a file of which most stays begins as a clone of the base's.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import IO, Any
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.cloning import clone
 from boft_export.checkpoint.staging import file_system_errors
-from boft_export.checkpoint.tensors import FileBytes
+from boft_export.checkpoint.tensors import FileBytes, tensor_bytes
 from boft_export.errors import InputError
 from boft_export.pipeline.chunks import Chunk
 from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.workbench import Piece
-from boft_export.planning import TensorPlan
+from boft_export.planning import Action, TensorPlan
 from boft_export.planning.strength import Variant
 
+# Writing over what is shared costs as much again as it saves to leave a byte (docs/decisions.md).
+_CLONED_SHARE = 0.5
 # From Linux's fs.h.
 _SYNC_FILE_RANGE_WRITE = 2
 # By layer: its adapter's number, its module, and its alpha.
@@ -52,7 +54,7 @@ class OutputFile:
         if self._descriptor is None:
             file.write(shard.header)
         else:
-            base = base_in_place(shard)
+            base = base_in_place(shard) if _stays(shard, variant) >= _CLONED_SHARE else None
             with file_system_errors(self._path):
                 self._is_clone = base is not None and clone(base, self._descriptor, shard.nbytes)
             self._write_at(self._descriptor, 0, memoryview(shard.header))
@@ -100,6 +102,13 @@ class OutputFile:
             while written < len(data):
                 written += os.pwrite(descriptor, data[written:], offset + written)
         _start_writeback(descriptor, offset, len(data))
+
+
+def _stays(shard: Shard[TensorPlan], variant: Variant) -> float:
+    """Return the share of a shard's bytes that an output leaves as they are."""
+    sizes = [(t, tensor_bytes(t.dtype, t.shape)) for t in shard.tensors]
+    stays = sum(size for t, size in sizes if t.action is Action.COPY or not any(variant.strength.of(t.name)))
+    return stays / max(1, sum(size for _, size in sizes))
 
 
 def base_in_place(shard: Shard[TensorPlan]) -> Path | None:
