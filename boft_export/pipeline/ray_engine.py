@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.remote import AnyPath, file_state
@@ -114,7 +114,11 @@ class _Finished:
 
 
 class _Tally:
-    """An actor that holds what was last heard of each shard: its bytes written, and a tensor."""
+    """An actor that holds what was last heard of each shard: its bytes written, and a tensor.
+
+    While it lives the run goes on: that it was killed tells workers to stop. (``ray.cancel`` may abort the driver,
+    where it meets a task on its way to a worker: seen with Ray 2.60.)
+    """
 
     def __init__(self) -> None:
         self._news: dict[int, tuple[int, str]] = {}
@@ -130,6 +134,47 @@ class _Tally:
 
 
 # What a worker does
+
+
+class _StoppedError(Exception):
+    """The run is over."""
+
+
+class _Words:
+    """What a worker says of a shard, and hears.
+
+    Args:
+        tally: The actor's handle.
+        shard: The shard's number; -1 for none.
+    """
+
+    def __init__(self, tally: Any, shard: int) -> None:  # noqa: ANN401  # a handle of Ray's
+        self._tally = tally
+        self._shard = shard
+        self._said: Any = None
+        self._when = 0.0
+        self.say(0, "", wait=_STOP)
+
+    def say(self, nbytes: int, tensor: str, wait: float = 0) -> None:
+        """Tell how far it is, now and then.
+
+        Raises:
+            _StoppedError: If the run is over.
+        """
+        if time.monotonic() - self._when < _WORD:
+            return
+        self._when = time.monotonic()
+        if self._said is None:
+            self._said = self._tally.tell.remote(self._shard, nbytes, tensor)
+        if not ray.wait([self._said], timeout=wait)[0]:
+            return
+        # That it is away for a while matters to nobody: it comes back.
+        with contextlib.suppress(RayError):
+            try:
+                ray.get(self._said)
+            except ActorDiedError as error:
+                raise _StoppedError from error
+        self._said = None
 
 
 def _perform(versions: Mapping[str, str], pickled: bytes, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401
@@ -163,24 +208,23 @@ def _done(job: _Job, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401  # a
             raise AccessError(f"cannot read {path}: {error.strerror or error}.") from error
         if not same:
             raise AccessError(f"{path} is not the file that it is where the run was started.")
+    words = _Words(tally, -1 if task.shard is None else task.shard)
     hashes = InputHashes({n: path for n, (path, _) in job.inputs.items()})
     finished = _Finished(job.files)
     if task.shard is not None:
-        _write(job, task.shard, hashes, finished, tally)
+        _write(job, task.shard, hashes, finished, words)
     finished.digests = hashes.digests(task.digests)
     return finished
 
 
-def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, tally: Any) -> None:  # noqa: ANN401
-    written, last = 0, 0.0
+def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, words: _Words) -> None:
+    written = 0
     shard = job.plan.shards[number]
     works = Works(job.plan, job.course, job.engine, hashes)
     with works, Writing(works, job.plan, finished, [shard]) as news:
         for nbytes, tensor in news:
             written += nbytes
-            if tensor is not None and time.monotonic() - last > _WORD:
-                last = time.monotonic()
-                tally.tell.remote(number, written, tensor)
+            words.say(written, tensor or "")
 
 
 def _versions() -> dict[str, str]:
@@ -331,10 +375,13 @@ class _Run:
                     news = tally.told.remote()
                 self._staging.hold()
         except BaseException:
-            _cancel(list(pending))
+            with contextlib.suppress(RayError):
+                ray.kill(tally)
+                # Those at work get some time to remove what is half written.
+                if pending:
+                    ray.wait(list(pending), num_returns=len(pending), timeout=_STOP)
             raise
-        finally:
-            ray.kill(tally)
+        ray.kill(tally)
         return digests
 
     def _name(self, task: _Task) -> str:
@@ -364,7 +411,7 @@ class _Run:
     def _show(self, news: Mapping[int, tuple[int, str]], *, last: bool = False) -> None:
         """Tell how far it is; a shard that is written again begins at nothing."""
         for shard, (nbytes, tensor) in news.items():
-            if shard in self._whole and not last:
+            if shard < 0 or not tensor or (shard in self._whole and not last):
                 continue
             self._written[shard] = nbytes
             if self._progress is not None:
@@ -433,14 +480,3 @@ def _cause(error: RayTaskError) -> BaseException:
 def _reason(error: Exception) -> str:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-def _cancel(pending: Sequence[Ref]) -> None:
-    """Stop tasks; those that are at work get some time to remove what is half written."""
-    with contextlib.suppress(RayError):
-        for ref in pending:
-            ray.cancel(ref)
-        if pending:
-            _, left = ray.wait(list(pending), num_returns=len(pending), timeout=_STOP)
-            for ref in left:
-                ray.cancel(ref, force=True)
