@@ -90,7 +90,9 @@ MaxMemory = Annotated[
 ]
 Jobs = Annotated[
     int | None,
-    typer.Option("--jobs", "-j", help="Threads that read, fold and write (default: one for each core).", rich_help_panel=_RUN),
+    typer.Option(
+        "--jobs", "-j", help="Threads that read, fold and write (default: one for each core).", rich_help_panel=_RUN
+    ),
 ]
 Curve = Annotated[
     InterpolationPath,
