@@ -66,10 +66,14 @@ def cluster(server: str, orders: Path) -> Iterator[Any]:
 
         OutputFile.follow = followed
 
-    started = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "object_store_memory": 80 << 20,
+        # How soon a lost node is missed.
+        "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3},
+    }
+    started = Cluster(initialize_head=True, head_node_args=head)
     started.add_node(num_cpus=1, object_store_memory=80 << 20)
     ray.init(started.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": obey})
     try:

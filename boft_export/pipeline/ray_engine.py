@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.remote import AnyPath, file_state
@@ -49,6 +50,8 @@ _RETRIES = 3
 _POLL = 0.2
 _WORD = 0.1
 _STOP = 5.0
+# Seconds that a task waits for the first answer, which tells whether the run is still on.
+_FIRST = 1.0
 # Nothing but the plan is in it; Ray's default is a third of the memory.
 _OBJECT_STORE = 128 << 20
 _SHARED = "Inputs and output must lie where every node of the cluster sees them by the same path or URL."
@@ -153,7 +156,7 @@ class _Words:
         self._shard = shard
         self._said: Any = None
         self._when = 0.0
-        self.say(0, "", wait=_STOP)
+        self.say(0, "", wait=_FIRST)
 
     def say(self, nbytes: int, tensor: str, wait: float = 0) -> None:
         """Tell how far it is, now and then.
@@ -354,7 +357,9 @@ class _Run:
 
     def perform(self, job: _Job, tasks: Sequence[_Task], resources: Mapping[str, float]) -> dict[str, str]:
         """Have all tasks done; return the digests of the inputs."""
-        tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1).remote()
+        # Near this process, so that no other node's loss is its end.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         shared = ray.put(pickle.dumps(job))
         do = ray.remote(_perform)
         digests: dict[str, str] = {}
