@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import boft_export
 from boft_export.checkpoint import Staging, check_output, locate, open_checkpoint, open_staging
 from boft_export.checkpoint.remote import RemoteBytes, RemotePath, parse_path
 from boft_export.cli.main import app
-from boft_export.errors import DamagedFileError, UsageError
+from boft_export.errors import AccessError, DamagedFileError, UsageError
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("s3fs")
@@ -284,6 +285,21 @@ def test_a_file_left_midway_is_not_there(output: Path | RemotePath) -> None:
     finish(staging, "b")
     staging.publish()
     assert files(output) == {"b": b"abc"}
+
+
+def test_files_that_others_write(output: Path | RemotePath) -> None:
+    """As the workers of a cluster do: what is half written is not published."""
+    staging = open_staging(output, "f")
+    other = pickle.loads(pickle.dumps(staging.shared))  # noqa: S301
+    with other.write("sub/a") as file:
+        file.write(b"abc")
+    staging.record("sub/a", {"sha256": "x"})
+    # One that was given up, and goes on: on disk it has nowhere to put what it wrote.
+    with contextlib.suppress(AccessError), other.write("sub/b") as file:
+        file.write(b"half")
+        staging.hold()
+        staging.publish()
+    assert files(output) == {"sub/a": b"abc"}
 
 
 def test_resume(output: Path | RemotePath) -> None:
