@@ -108,6 +108,10 @@ class Factor:
         runs = flat[::run] // run
         return run, runs, runs.argsort()
 
+    def prepare(self) -> None:
+        """Compute what ``rotate_columns`` needs, on the current stream of a GPU and not on that of who comes first."""
+        _ = self._gather
+
     def rotate_columns(self, x: Tensor) -> Tensor:
         """Return X M^T for ``x`` of shape (r, n): each row of X is rotated on its own."""
         rows, n = x.shape

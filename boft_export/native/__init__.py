@@ -19,7 +19,7 @@ except ImportError:  # built without a compiler: torch serves
 Buffer = memoryview | bytes | bytearray | NDArray[np.generic]
 
 _VARIABLE = "BOFT_EXPORT_KERNEL"
-_TORCH = "torch"
+_TORCH, _PLAIN = "torch", "plain"
 # The kernel's number of each dtype, and bytes of an element.
 _DTYPES = {"BF16": (0, 2), "F16": (1, 2), "F32": (2, 4), "F64": (3, 8)}
 # How many outputs of a block lie side by side in a prepared matrix.
@@ -46,6 +46,16 @@ def instruction_set() -> str | None:
             hint=f"Unset {_VARIABLE} to use the best one.",
         )
     return name
+
+
+def arithmetic() -> str:
+    """Return what decides a sum's last bit: ``fma``, ``plain``, or ``torch``.
+
+    Raises:
+        UsageError: As ``instruction_set``.
+    """
+    name = instruction_set()
+    return _TORCH if name is None else name if name == _PLAIN else "fma"
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,13 @@ class Program:
         for stage in stages:
             np.add.at(reached, stage.index.min(1) + 1, 1)
             np.add.at(reached, stage.index.max(1) + 1, -1)
-        self._borders = np.flatnonzero(np.cumsum(reached) == 0)
+        # numpy's own indices are narrower on some processors than what the kernel reads.
+        self._borders = np.flatnonzero(np.cumsum(reached) == 0).astype(np.int64)
         firsts, index, matrices = [], [], []
         for stage in stages:
             lowest = stage.index.min(1)
             order = np.argsort(lowest)
-            firsts.append(np.searchsorted(lowest[order], self._borders))
+            firsts.append(np.searchsorted(lowest[order], self._borders).astype(np.int64))
             index.append(stage.index[order].astype(np.int32).ravel())
             matrices.append(_packed(np.asarray(stage.blocks, np.float64)[order]))
         self._sizes = np.array([stage.index.shape[1] for stage in stages], np.int64)

@@ -4,7 +4,9 @@
  * checks them.
  */
 #define PY_SSIZE_T_CLEAN
+#ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030B0000
+#endif
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
@@ -65,12 +67,17 @@ static double round_to(int dtype, double x, char *out) {
     return rounded;
 }
 
-#define LOW_8(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH_8(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#define LOW_4(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH_4(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#define LOW_2(a, b) __builtin_shufflevector(a, b, 0, 2)
-#define HIGH_2(a, b) __builtin_shufflevector(a, b, 1, 3)
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a)){__VA_ARGS__})
+#endif
+#define LOW_8(a, b) PICK(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_8(a, b) PICK(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define LOW_4(a, b) PICK(a, b, 0, 4, 1, 5)
+#define HIGH_4(a, b) PICK(a, b, 2, 6, 3, 7)
+#define LOW_2(a, b) PICK(a, b, 0, 2)
+#define HIGH_2(a, b) PICK(a, b, 1, 3)
 
 #define STRING(X) #X
 #if defined(__clang__)
@@ -152,7 +159,8 @@ static const Kernel *find_kernel(int i, const char **name) {
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
         {"avx2", &kernel_avx2,
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+         /* What has AVX2 has F16C, too, which not all compilers can ask for. */
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #elif defined(__aarch64__)
         {"neon", &kernel_neon, 1},
 #endif
@@ -331,10 +339,14 @@ static int run(Job *job, int by_columns) {
     job->y[1] = (double *)(scratch + 2 * panel);
     job->raw_in = scratch + 3 * panel;
     job->raw_out = scratch + 4 * panel;
-#if defined(__x86_64__)
     /* Other libraries may have set the thread to flush subnormal numbers to zero. */
+#if defined(__x86_64__)
     unsigned control = _mm_getcsr();
     _mm_setcsr(0x1F80);
+#elif defined(__aarch64__)
+    uint64_t control, usual = 0;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("msr fpcr, %0" : : "r"(usual));
 #endif
     if (by_columns) {
         memset(scratch + 5 * panel, 0, sums);
@@ -343,6 +355,8 @@ static int run(Job *job, int by_columns) {
         run_rows(job);
 #if defined(__x86_64__)
     _mm_setcsr(control);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(control));
 #endif
     free(scratch);
     return 1;

@@ -5,7 +5,8 @@
  * feature. That makes results and sums the same for any cut, and for every instruction set that has FMA.
  *
  * Who includes this defines W (numbers in a vector), OUT (outputs of a block computed at once), N(name), FMA and MAX of
- * vectors, FMA1 of numbers, and HALF_TO_FLOAT and FLOAT_TO_HALF where there are instructions for them.
+ * vectors, COUNT of where two of them differ, FMA1 of numbers, and where there are instructions for them TO_U32, TO_F64,
+ * HALF_TO_FLOAT and FLOAT_TO_HALF.
  */
 #define VECTORS 2
 #define LANES (VECTORS * W)

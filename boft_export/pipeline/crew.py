@@ -74,8 +74,16 @@ class Crew(Generic[T]):
         self._running = size
         self.failure: BaseException | None = None
         self._threads = [threading.Thread(target=self._run, name=f"crew-{i}", daemon=True) for i in range(size)]
-        for thread in self._threads:
-            thread.start()
+        started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                started += 1
+        except BaseException:
+            # Such as where the system allows no more threads.
+            del self._threads[started:]
+            self.close()
+            raise
 
     def join(self) -> None:
         """Wait until all is done, or something failed and every thread has ended."""

@@ -31,6 +31,11 @@ from boft_export.planning.strength import Course, Variant
 COMPUTE_DTYPES = ("float64", "float32")
 
 
+def native_folds(device: Device, compute: str) -> bool:
+    """Tell whether folding on a device, in a dtype, is for the compiled kernel where there is one."""
+    return device.type == "cpu" and compute == "float64"
+
+
 @dataclass(frozen=True)
 class Engine:
     """How a plan is run.
@@ -65,7 +70,7 @@ class Engine:
     @property
     def is_native(self) -> bool:
         """Whether the compiled kernel folds what it can."""
-        return self.devices[0].type == "cpu" and self.compute == "float64" and native.instruction_set() is not None
+        return native_folds(self.devices[0], self.compute) and native.instruction_set() is not None
 
     def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:
         """Return the operators to fold with, or those that undo the fold."""
@@ -133,7 +138,7 @@ def run_plan(
     todo = shards_to_write(plan, course, staging, engine)
     total = sum(s.nbytes for s in plan.shards) * len(course.variants)
     done = total - sum(s.nbytes for s in todo) * len(course.variants)
-    with Works(plan, course, engine, hashes) as works, Writing(works, plan, staging, todo) as news:
+    with Writing(Works(plan, course, engine, hashes), plan, staging, todo) as news:
         for nbytes, tensor in news:
             done += nbytes
             if progress is not None and tensor is not None:
@@ -190,7 +195,8 @@ def replay_plan(plan: FoldPlan, course: Course, engine: Engine) -> Iterator[Repl
         AccessError: If a file can't be read.
     """
     hashes = InputHashes(plan.input_files())
-    with Works(plan, course, engine, hashes) as works, contextlib.closing(_pieces(works, plan.shards)) as pieces:
+    works = Works(plan, course, engine, hashes)
+    with contextlib.closing(_pieces(works, plan.shards)) as pieces:
         yield Replay(pieces, hashes, works.layers)
 
 
@@ -231,6 +237,7 @@ def _pieces(
             piece, done = found
             yield chunk.tensor, piece.data.data, piece.measures
             done()
+        crew.check()
     finally:
         crew.close()
 

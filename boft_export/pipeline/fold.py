@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
+import queue
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,22 +55,35 @@ def fold(
     return measures
 
 
-_OWN = threading.local()
+# On a GPU: one's copies go on beside another's products, and no more tiles than that are in its memory at once.
+_STREAMS = 3
+
+
+@lru_cache
+def _streams(device: torch.device) -> queue.SimpleQueue[torch.cuda.Stream]:
+    streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
+    for _ in range(_STREAMS):
+        streams.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return streams
 
 
 @contextlib.contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Compute on a stream that is this thread's own, so that one thread's copies go on beside another's products."""
+    """Compute on a stream that no other thread uses meanwhile; at the end, all is done."""
     if device.type != "cuda":
         yield
         return
-    streams: dict[torch.device, torch.cuda.Stream] = _OWN.__dict__.setdefault("streams", {})
-    stream = streams.get(device) or streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    # Rotations are put there on the default stream.
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    streams = _streams(device)
+    stream = streams.get()
+    try:
+        # Rotations are put there on the default stream.
+        stream.wait_stream(torch.cuda.default_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        # Also where something failed: buffers that are still copied from or to must not be used again.
+        stream.synchronize()
+        streams.put(stream)
 
 
 def unrounded(

@@ -24,20 +24,26 @@ class InputHashes:
     def __init__(self, files: Mapping[str, AnyPath]) -> None:
         self._files = dict(files)
         self._state = {path: (hashlib.sha256(), 0) for path in files.values()}
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Read no more while bytes pass; what was left out is still read where a digest is asked for."""
+        self._stopped = True
 
     def feed(self, path: AnyPath, offset: int, data: memoryview) -> None:
         """Take note of ``data``, the bytes of ``path`` from ``offset`` on."""
         state = self._state.get(path)
         if state is None or offset < state[1]:
             return
-        self._advance(path, offset)
+        self._advance(path, offset, passing=True)
         digest, position = self._state[path]
-        digest.update(data)
-        self._state[path] = (digest, position + len(data))
+        if position == offset:
+            digest.update(data)
+            self._state[path] = (digest, position + len(data))
 
-    def _advance(self, path: AnyPath, stop: int) -> None:
+    def _advance(self, path: AnyPath, stop: int, *, passing: bool = False) -> None:
         digest, position = self._state[path]
-        while position < stop:
+        while position < stop and not (passing and self._stopped):
             buffer = memoryview(bytearray(min(_PIECE, stop - position)))
             bytes_at(path, position).read_into(buffer, 0)
             digest.update(buffer)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,8 +20,10 @@ from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS
 from boft_export.linalg.rotation import Factor, Rotation
 from boft_export.pipeline.array_io import read_array
+from boft_export.pipeline.kept import Kept
 from boft_export.pipeline.memory import rotation_bytes
 from boft_export.pipeline.one_blas_thread import LARGEST_ALONE, ONE_BLAS_THREAD
+from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
 from boft_export.planning import FoldPlan, SourcedAdapter, Step
 from boft_export.planning.strength import Course
 
@@ -227,11 +226,8 @@ class LayerCache:
         self._path = course.path
         self._alphas = course.alphas_of_layers(plan)
         self._dtype = dtype
-        self._limit = limit
         self._inverse = inverse
-        self._kept = 0
-        self._entries: OrderedDict[tuple[int, str, torch.device | None], tuple[Future[Operators], int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Kept[tuple[int, str, torch.device | None], Operators] = Kept(limit)
         self.residuals: dict[tuple[int, str, float], float] = {}
 
     def get(self, step: Step, alpha: float, device: torch.device | None) -> LayerOperator:
@@ -241,21 +237,8 @@ class LayerCache:
         loaded then for no more than a way between base and tuned that bends.
         """
         key = (step.adapter, step.layer.module, device)
-        with self._lock:
-            entry = self._entries.get(key)
-            mine = entry is None
-            if entry is None:
-                entry = self._entries[key] = Future(), rotation_bytes(step, self._path, self._alphas[key[:2]])
-                self._kept += entry[1]
-                while self._kept > self._limit and len(self._entries) > 1:
-                    self._kept -= self._entries.popitem(last=False)[1][1]
-            future = entry[0]
-        if mine:
-            try:
-                future.set_result(self._build(step, device))
-            except BaseException as error:  # noqa: BLE001  # it is raised where the operator is asked for
-                future.set_exception(error)
-        return future.result()[alpha]
+        size = rotation_bytes(step, self._path, self._alphas[key[:2]])
+        return self._kept.get(key, size, lambda: self._build(step, device))[alpha]
 
     @np.errstate(all="ignore")
     def _build(self, step: Step, device: torch.device | None) -> Operators:
@@ -264,11 +247,15 @@ class LayerCache:
         alphas = self._alphas[step.adapter, step.layer.module]
         built = build_arrays(source, step.layer)
         whole = {1.0} if self._path is not InterpolationPath.LINEAR else set(alphas)
-        bent = built if whole.issuperset(alphas) else built.tensors()
+        is_bent = not whole.issuperset(alphas)
+        bent = built.tensors() if is_bent else built
         operators: Operators = {}
         for alpha in alphas:
             there = built if alpha in whole else bent
-            with _on_one_thread(step.layer.run_size(0, step.layer.num_factors)):
+            with (
+                _on_one_thread(step.layer.run_size(0, step.layer.num_factors)),
+                ONE_TORCH_THREAD if is_bent else contextlib.nullcontext(),
+            ):
                 try:
                     there = there.at(alpha, self._path)
                     residual = there.rotation.residual()
@@ -296,4 +283,7 @@ class LayerCache:
 
         dtype = DTYPE_NAMED[self._dtype]
         scale = None if there.scale is None else there.scale.to(device, dtype)
-        return replace(there, rotation=there.rotation.to(device, dtype), scale=scale)
+        there = replace(there, rotation=there.rotation.to(device, dtype), scale=scale)
+        for factor in there.rotation.factors:
+            factor.prepare()
+        return there

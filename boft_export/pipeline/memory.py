@@ -18,8 +18,9 @@ from boft_export.planning.strength import Course
 
 # The interpreter with torch's libraries in it.
 RUNTIME_BYTES = 300 << 20
-# Elements of a tile: in float64 a tile and its result stay in a core's second-level cache. A GPU wants more at once.
-TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+# Elements of a tile: in float64 a tile and its result stay in a core's second-level cache. A GPU wants more at once, of
+# which the bytes are a little fewer than a power of 2: that is what page-locked memory is rounded up to.
+TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 15 << 20}
 # What is read at once, where memory allows.
 CHUNK_BYTES = 1 << 20
 # And from a store, where each request takes its time.
@@ -27,8 +28,9 @@ REMOTE_CHUNK_BYTES = 8 << 20
 # What is held of ranges on their way from a store, for each thread, and of parts on their way to one, for each file.
 _REMOTE_READ = RANGES * RANGE_BYTES
 _REMOTE_WRITE = 3 * PART_BYTES
-# Files of an output that are open at once: the next is begun before the last pieces of the one before are written.
-_OPEN_FILES = 2
+# Weight files of an output that are open at once: the next is begun before the last pieces of the one before are
+# written and flushed.
+OPEN_SHARDS = 2
 DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
@@ -63,7 +65,7 @@ class MemoryPlan:
 
     def tiles(self, tensor: TensorPlan, segment: Segment, tile: int, outputs: int) -> int:
         """Return how many tiles of ``tile`` elements make a chunk."""
-        width = max(o.ref.nbytes // o.ref.num_elements for o in tensor.origins)
+        width = max(o.ref.nbytes // max(o.ref.num_elements, 1) for o in tensor.origins)
         return max(1, min(self.chunk // (tile * width), self.share // chunk_bytes(tensor, segment, tile, outputs)))
 
 
@@ -150,8 +152,14 @@ def is_remote(plan: FoldPlan) -> bool:
 def remote_bytes(plan: FoldPlan, course: Course, output: AnyPath, jobs: int) -> int:
     """Return what is held of bytes on their way from a store and to one."""
     reading = jobs * _REMOTE_READ if is_remote(plan) else 0
-    writing = _OPEN_FILES * len(course.variants) * _REMOTE_WRITE if isinstance(output, RemotePath) else 0
+    writing = OPEN_SHARDS * len(course.variants) * _REMOTE_WRITE if isinstance(output, RemotePath) else 0
     return reading + writing
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    # Not every system can bind a process to some of them.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_jobs(*, remote: bool = False) -> int:
@@ -160,7 +168,7 @@ def default_jobs(*, remote: bool = False) -> int:
     Args:
         remote: They wait for a store most of the time.
     """
-    return _MOST_JOBS if remote else max(1, min(_MOST_JOBS, len(os.sched_getaffinity(0))))
+    return _MOST_JOBS if remote else max(1, min(_MOST_JOBS, usable_cores()))
 
 
 class ByteBudget:

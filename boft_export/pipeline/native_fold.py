@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from boft_export import native
 from boft_export.adapters import View
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.linalg.path import InterpolationPath
+from boft_export.pipeline.kept import Kept
 from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.measure import Measure
 from boft_export.planning import Step
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Each step of a segment, and how far it goes.
 Steps = Sequence[tuple[Step, float]]
+# Elements in a row of what is only converted: few enough for the kernel's lanes to be filled with rows.
+_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,12 @@ class _Prepared:
     """Steps of one view, as one program.
 
     Attributes:
-        scale: One for each output; None for none.
-        weight: How much of the result counts; the rest is the source.
+        program: All their rotations.
+        scales: Each step's own; None for none.
     """
 
     program: native.Program
-    scale: NDArray[np.float64] | None
-    weight: float
+    scales: Sequence[NDArray[np.float64] | None]
 
 
 class NativeFold:
@@ -51,9 +52,8 @@ class NativeFold:
     def __init__(self, layers: LayerCache, path: InterpolationPath, kept: int) -> None:
         self._layers = layers
         self._path = path
-        self._kept = kept
-        self._prepared: OrderedDict[tuple[tuple[int, str, float], ...], _Prepared] = OrderedDict()
-        self._lock = threading.Lock()
+        self._prepared: Kept[Any, _Prepared] = Kept(kept)
+        self._rows = native.Program((), _ROW)
 
     def can(self, steps: Steps, dtypes: tuple[str, str]) -> bool:
         """Tell whether the kernel folds ``steps``, with values of ``dtypes`` in and out."""
@@ -86,61 +86,78 @@ class NativeFold:
         """
         if not steps:
             return self._convert(source, dtypes, tile, out)
-        step = steps[0][0]
+        step, alpha = steps[0]
         prepared = self._prepare(steps)
-        scale = prepared.scale
+        weight = alpha if self._path is InterpolationPath.LINEAR else 1.0
         if step.view is View.INPUT:
             columns = step.layer.num_features
-            first = (start - step.start) // columns
             rows = len(source) // (columns * _width(dtypes[0]))
             sums = native.fold_rows(
-                prepared.program, source, dtypes[0], out, dtypes[1],
-                scale=None if scale is None else scale[first : first + rows],
-                weight=prepared.weight, tile_rows=tile // columns,
+                prepared.program, source, dtypes[0], out, dtypes[1], scale=_scale(steps, prepared.scales, start, rows),
+                weight=weight, tile_rows=tile // columns,
             )  # fmt: skip
         else:
             columns = step.layer.num_outputs or 1
             sums = native.fold_columns(
                 prepared.program, source, dtypes[0], out, dtypes[1], columns=columns,
-                first=(start - step.start) // columns, scale=scale, weight=prepared.weight, tile_rows=tile // columns,
+                first=(start - step.start) // columns, scale=prepared.scales[0], weight=weight,
+                tile_rows=tile // columns,
             )  # fmt: skip
-        return [Measure.of_sums(s) for s in sums.tolist()]
+        return _measures(sums)
 
     def _convert(
         self, source: NDArray[np.uint8], dtypes: tuple[str, str], tile: int, out: NDArray[np.uint8]
     ) -> list[Measure]:
+        """Convert a row at a time, and what is left at the end of a tensor as a shorter one."""
         count = len(source) // _width(dtypes[0])
-        measures = []
-        for first in range(0, count, tile):
-            last = min(first + tile, count)
+        columns = math.gcd(tile, _ROW)
+        whole = count // columns * columns
+        measures: list[Measure] = []
+        for first, last in ((0, whole), (whole, count)):
+            if first == last:
+                continue
             here, there = (
                 buffer[first * width : last * width]
                 for buffer, width in zip((source, out), map(_width, dtypes), strict=True)
             )
-            sums = native.fold_rows(
-                native.Program((), last - first), here, dtypes[0], there, dtypes[1], scale=None, tile_rows=1
-            )
-            measures += [Measure.of_sums(s) for s in sums.tolist()]
+            row = min(columns, last - first)
+            program = self._rows if row == _ROW else native.Program((), row)
+            found = _measures(native.fold_rows(program, here, dtypes[0], there, dtypes[1], tile_rows=tile // columns))
+            if first % tile:
+                # The last tile's first rows are whole ones.
+                measures[-1] += found.pop(0)
+            measures += found
         return measures
 
     def _prepare(self, steps: Steps) -> _Prepared:
-        key = tuple((s.adapter, s.layer.module, alpha) for s, alpha in steps)
-        with self._lock:
-            if (found := self._prepared.get(key)) is not None:
-                return found
+        # On the straight way from base to tuned, the rotation is the tuned one's.
+        linear = self._path is InterpolationPath.LINEAR
+        key = tuple((s.adapter, s.layer.module, 1.0 if linear else alpha) for s, alpha in steps)
+        return self._prepared.get(key, 1, lambda: self._build(steps))
+
+    def _build(self, steps: Steps) -> _Prepared:
         operators = [self._layers.get(step, alpha, None) for step, alpha in steps]
-        factors = [f for o in operators for f in o.rotation.factors]
-        scales = [o.scale for o in operators if o.scale is not None]
-        prepared = _Prepared(
-            native.Program([native.Stage(f.blocks, f.index) for f in factors], steps[0][0].layer.num_features),
-            np.prod(scales, axis=0) if scales else None,
-            operators[0].weight,
-        )
-        with self._lock:
-            self._prepared[key] = prepared
-            while len(self._prepared) > self._kept:
-                self._prepared.popitem(last=False)
-        return prepared
+        stages = [native.Stage(f.blocks, f.index) for o in operators for f in o.rotation.factors]
+        program = native.Program(stages, steps[0][0].layer.num_features)
+        return _Prepared(program, [o.scale for o in operators])
+
+
+def _scale(
+    steps: Steps, scales: Sequence[NDArray[np.float64] | None], start: int, rows: int
+) -> NDArray[np.float64] | None:
+    """Return the scales of ``rows`` rows from element ``start`` on, of all steps; None for none."""
+    found = None
+    for (step, _), scale in zip(steps, scales, strict=True):
+        if scale is not None:
+            # A layer may be but a part of the tensor, and each step's another.
+            first = (start - step.start) // step.layer.num_features
+            part = scale[first : first + rows]
+            found = part if found is None else found * part
+    return found
+
+
+def _measures(sums: NDArray[np.float64]) -> list[Measure]:
+    return [Measure.of_sums(s) for s in sums.tolist()]
 
 
 def _width(dtype: str) -> int:

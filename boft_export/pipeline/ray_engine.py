@@ -224,7 +224,7 @@ def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, wor
     written = 0
     shard = job.plan.shards[number]
     works = Works(job.plan, job.course, job.engine, hashes)
-    with works, Writing(works, job.plan, finished, [shard]) as news:
+    with Writing(works, job.plan, finished, [shard]) as news:
         for nbytes, tensor in news:
             written += nbytes
             words.say(written, tensor or "")

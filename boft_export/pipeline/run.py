@@ -10,6 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from boft_export import native
 from boft_export.checkpoint import Staging, free_bytes, open_staging
 from boft_export.checkpoint.remote import AnyPath
 from boft_export.checkpoint.staging import file_system_errors
@@ -24,7 +25,7 @@ from boft_export.errors import (
     raise_for_errors,
 )
 from boft_export.pipeline.devices import CPU, Device, resolve_devices
-from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, run_plan
+from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, native_folds, run_plan
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
@@ -203,6 +204,8 @@ def _carry_out(
         "device": devices[0].type,
         "max_shard_size": parse_size(options.max_shard_size) if options.max_shard_size is not None else None,
         "torch": version("torch"),
+        # Sums differ between them in the last bit of a float64.
+        "kernel": native.arithmetic() if native_folds(devices[0], options.compute_dtype) else "torch",
         **verb.settings,
     }
     fingerprint = _fingerprint(plan, course, settings)

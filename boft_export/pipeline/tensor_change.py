@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,11 @@ from boft_export.checkpoint import TensorRef
 from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.linalg.gram import EXACT_ROWS, ExactGram, GramResult, Rounding, SketchedGram, row_signs
 from boft_export.linalg.rounding import round_once
+from boft_export.pipeline.memory import usable_cores
+from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.tensor_pair import BLOCK_BYTES, Block, TensorPair
-from boft_export.pipeline.torch_io import TORCH_DTYPES, one_thread, read_bytes
+from boft_export.pipeline.torch_io import TORCH_DTYPES, read_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -116,13 +117,13 @@ class TensorChange:
 
 def default_workers() -> int:
     """Return how many threads compare: all cores, as each of them reads what it compares."""
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return min(_MOST_WORKERS, usable_cores())
 
 
 @contextmanager
 def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """Start threads for ``measure_change``, each of which computes on its own."""
-    with one_thread(), ThreadPoolExecutor(jobs, "compare", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ONE_TORCH_THREAD, ThreadPoolExecutor(jobs, "compare", lambda: torch.set_num_threads(1)) as pool:
         yield pool
 
 

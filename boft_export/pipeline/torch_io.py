@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,21 +30,6 @@ def read_tensor(ref: TensorRef) -> Tensor:
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on the calling thread alone.
-
-    A product split over threads may be summed in another order. The work is spread over tiles instead, each computed
-    by one thread, so that the bytes are the same for any number of them.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def as_tensor(data: NDArray[np.uint8], dtype: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +16,7 @@ from boft_export.pipeline.layers import LayerCache
 from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.memory import TILE_ELEMENTS
 from boft_export.pipeline.native_fold import NativeFold
+from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
 from boft_export.planning import Action, Step
 
 if TYPE_CHECKING:
@@ -61,22 +61,15 @@ class Workbench:
         self._engine = engine
         self._layers = layers
         self._pool = pool
-        self._native = NativeFold(layers, course.path, engine.jobs + 1) if engine.is_native else None
+        # As the plan counts them: those of one more tensor than there are threads that fold.
+        programs = (engine.jobs + 1) * len(course.variants)
+        self._native = NativeFold(layers, course.path, programs) if engine.is_native else None
         self._back: WayBack | None = None
         if back is not None:
             from boft_export.pipeline.torch_io import DTYPE_NAMED
             from boft_export.pipeline.way_back import WayBack
 
             self._back = WayBack(layers, back, DTYPE_NAMED[engine.compute])
-        self._torch_threads: int | None = None
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Let torch compute on as many threads as before."""
-        if self._torch_threads is not None:
-            import torch
-
-            torch.set_num_threads(self._torch_threads)
 
     def read(self, chunk: Chunk) -> dict[int, Buffer]:
         """Return the bytes of each of a chunk's origins.
@@ -126,7 +119,8 @@ class Workbench:
             measures = self._native.fold(data[first], (ref.dtype, tensor.dtype), steps, chunk.start, tile, out)
             brought = [first] if tensor.origins[first].adapter is not None else []
         else:
-            out, measures = self._fold_by_torch(chunk, data, mixture, steps, tile, device)
+            with ONE_TORCH_THREAD:
+                out, measures = self._fold_by_torch(chunk, data, mixture, steps, tile, device)
             brought = [i for i in mixture if tensor.origins[i].adapter is not None]
         # The base's infinities, as in a mask, are its own affair; an adapter's are damage.
         unsound = sum(_not_finite(data[i], tensor.origins[i].ref.dtype) for i in brought)
@@ -134,20 +128,8 @@ class Workbench:
         measures[0] = replace(measures[0], unsound=unsound)
         if self._back is None or len(mixture) != 1:
             return Piece(out, measures)
-        return self._go_back(self._back, chunk, data[first], Piece(out, measures), steps, device)
-
-    def _one_torch_thread(self) -> None:
-        """Let torch compute on the calling thread alone.
-
-        A product split over threads may be summed in another order. The work is spread over tiles instead, each
-        computed by one thread, so that the bytes are the same for any number of them.
-        """
-        import torch
-
-        with self._lock:
-            if self._torch_threads is None:
-                self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        with ONE_TORCH_THREAD:
+            return self._go_back(self._back, chunk, data[first], Piece(out, measures), steps, device)
 
     def _fold_by_torch(
         self,
@@ -161,7 +143,6 @@ class Workbench:
         from boft_export.pipeline.fold import fold
         from boft_export.pipeline.torch_io import DTYPE_NAMED, as_tensor, torch_device
 
-        self._one_torch_thread()
         place = torch_device(device)
         out = self._pool.take(chunk.nbytes)
         measures = fold(
@@ -186,16 +167,14 @@ class Workbench:
     ) -> Piece:
         """Put right what a record says, and find what undoing misses."""
         from boft_export.pipeline.corrections import put_right
-        from boft_export.pipeline.torch_io import as_bytes, as_tensor, torch_device
+        from boft_export.pipeline.torch_io import as_tensor, torch_device
 
         tensor, engine = chunk.tensor, self._engine
         ref = tensor.origins[chunk.origins[0]].ref
         out, measures, *_ = piece
-        self._one_torch_thread()
         result = as_tensor(out, tensor.dtype)
         if (record := engine.records.get(tensor.name)) is not None:
-            result = put_right(record, chunk.start, result)
-            out = np.frombuffer(as_bytes(result), np.uint8)
+            result.copy_(put_right(record, chunk.start, result))
             # What undoing makes too large for the dtype, the record has as it was.
             measures = [replace(m, damaged=0) for m in measures]
         found, blocks = back.go(

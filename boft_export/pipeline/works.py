@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.remote import AnyPath
@@ -76,14 +76,6 @@ class Works:
         self._inputs: dict[AnyPath, Line] = {}
         self._admitted = 0
 
-    def __enter__(self) -> Self:
-        """Return the works, ready."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave everything as it was."""
-        self._bench.close()
-
     def chunks(self, shard: Shard[TensorPlan]) -> Iterator[Chunk]:
         """Yield a shard's chunks in order."""
         outputs = len(self.variants) + self.engine.further_outputs
@@ -117,6 +109,7 @@ class Works:
     def stop(self) -> None:
         """Let everyone who waits for memory go, and admit no more."""
         self._budget.close()
+        self.hashes.stop()
 
     def _digest(self, place: _Place, data: Buffer, done: Callable[[], None]) -> None:
         self.hashes.feed(place.path, place.offset, data.data)

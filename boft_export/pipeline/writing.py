@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.staging import Journalled
+from boft_export.errors import BoftExportError
 from boft_export.pipeline.crew import Crew, Line
+from boft_export.pipeline.memory import OPEN_SHARDS, ByteBudget
 from boft_export.pipeline.output_file import OutputFile
 from boft_export.pipeline.undo import UndoWriter, undo_name
 from boft_export.pipeline.works import Admitted, Works
@@ -69,6 +71,7 @@ class Writing:
         self._staging = staging
         self._shards = shards
         self._open: list[_OpenShard] = []
+        self._places = ByteBudget(OPEN_SHARDS)
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
 
@@ -76,9 +79,13 @@ class Writing:
         """Begin, and return what happens, as it happens, until nothing more does."""
         # Flushing a file is waiting for the disk.
         self._closer = ThreadPoolExecutor(1, "flush")
-        self._crew = Crew(
-            self._works.engine.jobs, self._tasks(), self._do, lambda: self._news.put(None), self._works.stop
-        )
+        try:
+            self._crew = Crew(
+                self._works.engine.jobs, self._tasks(), self._do, lambda: self._news.put(None), self._stop
+            )
+        except BaseException:
+            self._leave()
+            raise
         return iter(self._news.get, None)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -93,16 +100,34 @@ class Writing:
                 self._closer.shutdown(wait=self._crew.failure is None)
         finally:
             self._crew.close()
-            self._closer.shutdown(wait=True, cancel_futures=True)
-            for shard in self._open:
-                with contextlib.suppress(_IncompleteError):
-                    # What is not complete vanishes.
-                    shard.opened.__exit__(_IncompleteError, _IncompleteError(), None)
+            left = self._leave()
         if kind is None:
             self._crew.check()
+            if left is not None:
+                raise left
+
+    def _leave(self) -> BoftExportError | None:
+        """Let go of the files that are not complete, so that they vanish; return what failed in that, if anything."""
+        self._closer.shutdown(wait=True, cancel_futures=True)
+        failure = None
+        for shard in self._open:
+            try:
+                shard.opened.__exit__(_IncompleteError, _IncompleteError(), None)
+            except _IncompleteError:
+                pass
+            except BoftExportError as error:
+                # The others are let go all the same.
+                failure = error
+        return failure
+
+    def _stop(self) -> None:
+        self._works.stop()
+        self._places.close()
 
     def _tasks(self) -> Iterator[_Task]:
         for shard in self._shards:
+            if not self._places.acquire(1):
+                return
             opened = self._begin(shard)
             for chunk in self._works.chunks(shard):
                 if (admitted := self._works.admit(chunk)) is None:
@@ -167,5 +192,6 @@ class Writing:
                 self._staging.record(undo_name(name), finished)
             for file in shard.files:
                 self._staging.record(file.variant.path(name), file.journal_entry(self._works.layers.residuals))
+            self._places.release(1)
         except BaseException as error:  # noqa: BLE001  # it is raised where the crew is waited for
             self._crew.fail(error)

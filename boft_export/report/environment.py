@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from boft_export.native import instruction_set
-from boft_export.pipeline.memory import default_jobs
+from boft_export.pipeline.memory import default_jobs, usable_cores
 from boft_export.planning.sizes import format_size
 from boft_export.version import __version__
 
@@ -40,7 +40,7 @@ def environment() -> dict[str, dict[str, Any]]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
             "memory": format_size(memory),
             "jobs": f"{default_jobs()} (default)",
         },
