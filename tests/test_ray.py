@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import pickle
 import signal
@@ -10,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 
 import boft_export
 from boft_export.cli.main import app
+from boft_export.pipeline.hashing import InputHashes, file_digest
 from boft_export.pipeline.options import MergeOptions
 from boft_export.pipeline.prepare import prepare
 from boft_export.planning.strength import Interpolation
@@ -29,6 +33,8 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("moto")
 
 from ray.cluster_utils import Cluster  # noqa: E402  # where there is no Ray these tests are left out
+
+from boft_export.pipeline import ray_engine  # noqa: E402
 
 # What Ray itself leaves to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -280,11 +286,222 @@ def test_what_the_cluster_lacks(merge: Callable[..., Any], base: Path, adapter: 
         (base, ["--device", "cuda"], "has a GPU"),
         (base, ["--device", "cuda:1"], "cuda:1"),
         (old, ["-j", "1"], "old form of torch.save"),
+        (base, ["--device", "cuda:1", "-n"], "cuda:1"),
+        (old, ["-n"], "old form of torch.save"),
+        (base, ["--ray-address", "", "-n"], "address is empty"),
+        (base, ["--ray-address", ""], "address is empty"),
     ):
         done = merge(source, adapter, "-o", tmp_path / "out", *more)
         assert done.exit_code == 2, done.stderr
         assert message in done.stderr
     assert not hidden(tmp_path / "out").exists()
+
+
+@dataclass
+class Node:
+    """What ``ray.nodes`` tells of a node."""
+
+    cpus: float
+    memory: int = 8 << 30
+    gpus: int = 0
+
+    def told(self) -> dict[str, Any]:
+        resources = {"CPU": self.cpus, "memory": float(self.memory), "GPU": self.gpus}
+        return {"Alive": True, "Resources": {k: v for k, v in resources.items() if v}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "cpus"),
+    [
+        ([Node(4)], "cpu", 4),
+        ([Node(64)], "cpu", 8),
+        ([Node(64), Node(4, gpus=1)], "cuda", 4),
+        ([Node(64, memory=1 << 20), Node(2)], "cpu", 2),
+        # It may yet grow.
+        ([], "cuda", 8),
+        ([Node(0)], "cuda", 8),
+    ],
+)
+def test_a_task_asks_for_what_one_node_has(
+    nodes: list[Node], device: str, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [n.told() for n in nodes])
+    needs = ray_engine._fit(8, device, 1 << 30, MergeOptions())
+    assert needs == {"num_cpus": cpus, "memory": 1 << 30, **({"num_gpus": 1} if device == "cuda" else {})}
+    digesting = ray_engine._needs(ray_engine._Task(None, ("a",), ("a",)), needs)
+    assert digesting == {"num_cpus": 1, "memory": ray_engine._DIGEST_MEMORY}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "jobs", "error", "message"),
+    [
+        ([Node(4), Node(64, gpus=1)], "cpu", 65, boft_export.UsageError, "65 CPUs for one task; the largest has 64"),
+        ([Node(64), Node(4, gpus=1)], "cuda", 8, boft_export.UsageError, "8 CPUs for one task beside a GPU"),
+        ([Node(64)], "cuda", None, boft_export.UsageError, "has a GPU"),
+        ([Node(4, 1 << 20), Node(4, 2 << 20)], "cpu", 1, boft_export.ResourceError, "largest has 2,097,152"),
+        ([Node(4), Node(4, 1 << 20, gpus=1)], "cuda", 1, boft_export.ResourceError, "takes beside a GPU"),
+    ],
+)
+def test_what_no_node_has(
+    nodes: list[Node],
+    device: str,
+    jobs: int | None,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [n.told() for n in nodes])
+    with pytest.raises(error, match=message):
+        ray_engine._fit(jobs or 8, device, 1 << 30, MergeOptions(jobs=jobs))
+
+
+def test_small_inputs_are_digested_by_one_task(base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan = prepare(base, adapter, tmp_path / "out", Interpolation(), MergeOptions(), "cpu").plan
+    sizes = dict.fromkeys(plan.input_files(), 1)
+    rest = [t.digests for t in ray_engine._tasks(plan, plan.shards, sizes) if t.shard is None]
+    assert len(rest) == 1
+    large = next(n for n in rest[0] if n.startswith("adapter"))
+    sizes[large] = 1 << 40
+    apart = [t.digests for t in ray_engine._tasks(plan, plan.shards, sizes) if t.shard is None]
+    assert (large,) in apart
+    assert sorted(sum(apart, ())) == sorted(rest[0])
+    # Of a run that is resumed nothing is written that would digest the base's files.
+    resumed = ray_engine._tasks(plan, (), sizes)
+    assert {n for t in resumed for n in t.digests} == set(sizes)
+
+
+def test_digesting_stops_when_the_run_is_over(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    with file.open("wb") as f:
+        f.truncate(5 * ray_engine._DIGEST_PIECE + 1)
+    hashes = InputHashes({"large": file})
+    said = []
+
+    class Words:
+        def say(self, *told: Any) -> None:
+            said.append(told)
+            if len(said) == 2:
+                raise ray_engine._StoppedError
+
+    with pytest.raises(ray_engine._StoppedError):
+        ray_engine._digest(file, hashes, cast("ray_engine._Words", Words()))
+    assert hashes._state[file][1] == 2 * ray_engine._DIGEST_PIECE
+    ray_engine._digest(file, hashes, cast("ray_engine._Words", Words()))
+    assert hashes.digests() == {"large": file_digest(file)}
+
+
+def test_a_silent_cluster_is_told_of_once(
+    on_ray: Callable[..., Any],
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    orders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("boft_export.pipeline.ray_engine._SILENCE", 0.3)
+    # Another test may have run the program with --quiet.
+    caplog.set_level("WARNING", "boft_export")
+
+    def wait() -> None:
+        latest = time.monotonic() + 20
+        while not caplog.records and time.monotonic() < latest:
+            time.sleep(0.02)
+        time.sleep(0.6)
+        (orders / "wait").unlink()
+
+    thread = when_waiting(orders, wait)
+    on_ray(boft_export.merge, base, adapter, tmp_path / "out")
+    thread.join()
+    (record,) = caplog.records
+    assert "each file waits for a node with 1 CPUs and" in record.getMessage()
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = ray_engine._versions("torch")
+    monkeypatch.delenv("BOFT_EXPORT_KERNEL", raising=False)
+    ray_engine._check_versions(versions)
+    with pytest.raises(boft_export.UsageError, match=r"has numpy .*; the run was started with numpy 1\.0") as caught:
+        ray_engine._check_versions({**versions, "numpy": "1.0"})
+    assert "same versions" in str(caught.value.hint)
+    with pytest.raises(boft_export.UsageError, match="with fold kernel abacus"):
+        ray_engine._check_versions({**versions, "fold kernel": "abacus"})
+    monkeypatch.setattr(ray_engine, "version", lambda n: importlib.metadata.version(f"no-{n}"))
+    with pytest.raises(boft_export.UsageError, match="has torch missing"):
+        ray_engine._check_versions(versions)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        TypeError("_perform() takes 3 positional arguments but 4 were given"),
+        importlib.metadata.PackageNotFoundError("torch"),
+        RuntimeError("The remote function failed to import.\nModuleNotFoundError: No module named 'boft_export'"),
+    ],
+)
+def test_a_node_with_another_program(cause: Exception) -> None:
+    found = ray_engine._cause(ray.exceptions.RayTaskError("_perform", "", cause))
+    assert isinstance(found, boft_export.UsageError)
+    assert "pip install" in str(found.hint)
+
+
+def test_the_kernel_is_the_drivers(
+    on_ray: Callable[..., Any], base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum's last bit, in the manifest, tells which one it was."""
+    monkeypatch.setenv("BOFT_EXPORT_KERNEL", "torch")
+    boft_export.merge(base, adapter, tmp_path / "local")
+    on_ray(boft_export.merge, base, adapter, tmp_path / "ray")
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+
+
+def test_asked_to_end(cluster: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """What Ray does on SIGTERM is not done."""
+    code = (
+        "import os, signal\nfrom boft_export.pipeline import ray_engine\n"
+        "ray_engine.check_cluster = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from boft_export.cli.main import main\nmain()\n"
+    )
+    where = ("--engine", "ray", "--ray-address", cluster.address)
+    done = program("merge", base, adapter, "-o", tmp_path / "out", *where, code=code)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; nothing was published" in done.stderr
+
+
+@pytest.mark.parametrize(("more", "heard"), [([], "heard"), (["-q"], "")])
+def test_what_is_logged_is_a_line_unless_quiet(base: Path, more: list[str], heard: str) -> None:
+    code = (
+        "import logging, boft_export.planning.inspection as i\ninspect = i.inspect\n"
+        "def told(*a, **k):\n    logging.getLogger('boft_export.some').warning('heard')\n"
+        "    return inspect(*a, **k)\n"
+        "i.inspect = told\nfrom boft_export.cli.main import main\nmain()\n"
+    )
+    assert program("inspect", base, *more, code=code).stderr.strip() == heard
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_connection_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, *, early: bool) -> None:
+    """Also where it is asked to end while Ray has its own way of that."""
+    asked: list[int] = []
+
+    def init(*_: object, **__: object) -> None:
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        if early:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        with pytest.raises(SystemExit) if early else contextlib.nullcontext(), ray_engine.connected("local"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked == [signal.SIGTERM]
+    assert "RAY_USAGE_STATS_ENABLED" not in os.environ
 
 
 def test_a_plan_keeps_its_identities_when_pickled(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,7 +120,7 @@ EngineKind = Annotated[
 RayAddress = Annotated[
     str | None,
     typer.Option(
-        help="auto, HOST:PORT or ray://HOST:PORT (default: workers on this machine).",
+        help="auto, local, HOST:PORT or ray://HOST:PORT (default: what RAY_ADDRESS says, or local: this machine).",
         metavar="ADDRESS",
         rich_help_panel=_RUN,
     ),
@@ -147,7 +148,17 @@ ConvMeaning = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_SHOWN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_SHOWN)]
+
+
+def _log_less(quiet: bool) -> bool:  # noqa: FBT001  # as typer calls it
+    """Have the package log errors only, where that is asked for."""
+    logging.getLogger("boft_export").setLevel(logging.ERROR if quiet else logging.NOTSET)
+    return quiet
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_log_less, help="Print errors only.", rich_help_panel=_SHOWN)
+]
 Verbose = Annotated[
     int,
     typer.Option("--verbose", "-v", count=True, help="Say more; -vv with tracebacks.", rich_help_panel=_SHOWN),

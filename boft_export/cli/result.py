@@ -9,6 +9,7 @@ from boft_export.cli.output import Output
 
 if TYPE_CHECKING:
     from boft_export.pipeline.options import RunOptions
+    from boft_export.planning import FoldPlan
     from boft_export.planning.strength import Interpolation
 
 _DONE = {"copy": "untouched", "convert": "converted", "fold": "rotated", "replace": "replaced", "add": "added"}
@@ -33,6 +34,7 @@ def write_nothing(
 
     device_type = "cuda" if options.device.startswith("cuda") else "cpu"
     ready = prepare(base, adapters, output, interpolation, options, device_type)
+    check_engine(ready.plan, options)
     out.notices(ready.plan.notices)
     document = plan_document(ready.plan, ready.course, output, ready.memory.peak, free_bytes(parse_path(output)))
     out.document(document)
@@ -53,6 +55,16 @@ def write_nothing(
         f"({format_size(document['disk_free'])} free), memory at most {format_size(document['memory'])}",
         "bold",
     )
+
+
+def check_engine(plan: FoldPlan, options: RunOptions) -> None:
+    """Check what no cluster could do, without one."""
+    if options.engine == "ray":
+        from boft_export.pipeline.ray_engine import check_request
+        from boft_export.pipeline.run import devices_for
+
+        devices_for(options)
+        check_request(plan, options)
 
 
 def show_result(out: Output, document: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
+from boft_export.cli.result import check_engine
 from boft_export.cli.run import reported
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _REPLACED = "What an adapter replaced"
 
 
 def command(
-    merged: Annotated[str, typer.Argument(help="Merged checkpoint: a folder, a file or a Hub id.", metavar="MERGED")],
+    merged: Annotated[
+        str, typer.Argument(help="Merged checkpoint: a folder, a file, a URL or a Hub id.", metavar="MERGED")
+    ],
     adapters: Annotated[
         list[str],
         typer.Argument(help="The adapters it holds, in the order in which they were applied.", metavar="ADAPTER"),
@@ -109,8 +112,9 @@ def _write_nothing(
 
     device_type = "cuda" if options.device.startswith("cuda") else "cpu"
     undo, ready = prepare_unmerge(merged, adapters, output, options, device_type, **replaced)
+    check_engine(undo.plan, options)
     out.notices(undo.plan.notices)
-    document = plan_document(undo.plan, undo.course, str(output), ready.memory.peak, free_bytes(parse_path(output)))
+    document = plan_document(undo.plan, undo.course, output, ready.memory.peak, free_bytes(parse_path(output)))
     document["merged"] = document.pop("base")
     out.document(document)
     _table(out, document["tensors"])

@@ -1,7 +1,7 @@
 """Running a plan on a Ray cluster: a task for each weight file; the driver alone plans, keeps the journal, publishes.
 
-A task does what the local engine does, for one file. A worker that is lost costs no more than its file, which Ray has
-another one write. What a task finished counts once the driver has it in the journal.
+A task does what the local engine does, for one file. A worker that is lost costs no more than its file, which another
+one writes. What a task finished counts once the driver has it in the journal.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import logging
 import os
 import pickle
 import platform
+import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,17 +28,20 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from boft_export import native
 from boft_export.checkpoint import Shard, Staging
 from boft_export.checkpoint.remote import AnyPath, file_state
 from boft_export.checkpoint.staging import Files, file_system_errors
 from boft_export.checkpoint.tensors import BytesInFile, HeldBytes
-from boft_export.errors import AccessError, BoftExportError, ResourceError, UsageError
+from boft_export.errors import AccessError, ResourceError, UsageError
 from boft_export.pipeline.engine import Engine, RunResult, run_result, shards_to_write
 from boft_export.pipeline.hashing import InputHashes
+from boft_export.pipeline.memory import DEFAULT_IN_FLIGHT, RUNTIME_BYTES
 from boft_export.pipeline.options import Progress, RunOptions
 from boft_export.pipeline.works import Works
 from boft_export.pipeline.writing import Writing
 from boft_export.planning import FoldPlan, TensorPlan
+from boft_export.planning.sizes import format_size
 from boft_export.planning.strength import Course
 from boft_export.version import __version__
 
@@ -44,7 +49,9 @@ if TYPE_CHECKING:
     # Ray brings no types for these.
     Ref = Any
 
-# How often a file is written again whose worker was lost, by what is no error of ours.
+_LOGGER = logging.getLogger(__name__)
+# How often a file is written again whose worker was lost, by what is no error of ours. Counted here: of those that Ray
+# kills for lack of memory it would start another for ever.
 _RETRIES = 3
 # Seconds between two looks at what was done, between two words of a worker, and for workers to stop by themselves.
 _POLL = 0.2
@@ -52,8 +59,20 @@ _WORD = 0.1
 _STOP = 5.0
 # Seconds that a task waits for the first answer, which tells whether the run is still on.
 _FIRST = 1.0
+# Seconds after which it is said that nothing was heard of any worker.
+_SILENCE = 30.0
 # Nothing but the plan is in it; Ray's default is a third of the memory.
 _OBJECT_STORE = 128 << 20
+# Bytes of a task that digests and writes nothing; those that it digests, where it does several files; and those between
+# two looks at whether the run is still on.
+_DIGEST_MEMORY = RUNTIME_BYTES + DEFAULT_IN_FLIGHT
+_DIGEST_BATCH = 256 << 20
+_DIGEST_PIECE = 4 << 20
+_USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
+# What folds: where it is not the best that there is, the driver's choice holds for all nodes.
+_KERNEL = "BOFT_EXPORT_KERNEL"
+_FOLD = "fold kernel"
+_CHOSEN = ("torch", "plain")
 _SHARED = "Inputs and output must lie where every node of the cluster sees them by the same path or URL."
 
 
@@ -187,19 +206,17 @@ def _perform(versions: Mapping[str, str], pickled: bytes, task: _Task, tally: An
         UsageError: If other versions are installed here.
         BoftExportError: As ``run_plan`` does.
     """
-    if (found := _versions()) != versions:
-        raise UsageError(
-            f"node {platform.node()} of the cluster has {_told(found)}; the run was started with {_told(versions)}.",
-            hint="Install the same versions on all nodes.",
-        )
-    job: _Job = pickle.loads(pickled)  # noqa: S301  # whoever can start tasks here can run anything
-    with contextlib.suppress(OSError):
-        os.chdir(job.folder)
-    try:
-        return _done(job, task, tally)
-    except AccessError as error:
-        message = f"{error.message.rstrip('.')} (on node {platform.node()})."
-        raise AccessError(message, hint=error.hint or _SHARED) from error
+    kernel = versions.get(_FOLD)
+    with _variable(_KERNEL, kernel) if kernel in _CHOSEN else contextlib.nullcontext():
+        _check_versions(versions)
+        job: _Job = pickle.loads(pickled)  # noqa: S301  # whoever can start tasks here can run anything
+        with contextlib.suppress(OSError):
+            os.chdir(job.folder)
+        try:
+            return _done(job, task, tally)
+        except AccessError as error:
+            message = f"{error.message.rstrip('.')} (on node {platform.node()})."
+            raise AccessError(message, hint=error.hint or _SHARED) from error
 
 
 def _done(job: _Job, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401  # a handle of Ray's
@@ -216,6 +233,8 @@ def _done(job: _Job, task: _Task, tally: Any) -> _Finished:  # noqa: ANN401  # a
     finished = _Finished(job.files)
     if task.shard is not None:
         _write(job, task.shard, hashes, finished, words)
+    for name in task.digests:
+        _digest(job.inputs[name][0], hashes, words)
     finished.digests = hashes.digests(task.digests)
     return finished
 
@@ -230,12 +249,55 @@ def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, wor
             words.say(written, tensor or "")
 
 
-def _versions() -> dict[str, str]:
-    return {"boft-export": __version__, "torch": version("torch")}
+def _digest(path: AnyPath, hashes: InputHashes, words: _Words) -> None:
+    """Have what has not passed of a file digested, as long as the run is on."""
+    for stop in range(_DIGEST_PIECE, path.stat().st_size, _DIGEST_PIECE):
+        # To go on there, all that lies before is read.
+        hashes.feed(path, stop, memoryview(b""))
+        words.say(0, "")
 
 
-def _told(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in versions.items())
+def _check_versions(versions: Mapping[str, str]) -> None:
+    """Refuse to do by other code what the driver's would do.
+
+    Raises:
+        UsageError: If what decides the bytes is another here.
+    """
+    found = _versions(native.arithmetic() if versions.get(_FOLD) != "torch" else "torch")
+    others = [n for n in {**found, **versions} if found.get(n) != versions.get(n)]
+    if others:
+        here, there = (", ".join(f"{n} {v.get(n)}" for n in others) for v in (found, versions))
+        raise UsageError(
+            f"node {platform.node()} of the cluster has {here}; the run was started with {there}.",
+            hint=f"Install the same versions on all nodes, and set {_KERNEL} on none.",
+        )
+
+
+def _versions(kernel: str) -> dict[str, str]:
+    """Return what decides the bytes, and how tasks are told what to do."""
+    packages = {n: _version(n) for n in ("torch", "numpy", "scipy")}
+    return {"boft-export": __version__, **packages, _FOLD: kernel}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 # What the driver does
@@ -252,21 +314,22 @@ def connected(address: str | None) -> Iterator[None]:
             cluster on this machine.
 
     Raises:
+        UsageError: If the address is empty.
         AccessError: If the cluster can't be reached.
     """
+    place = _place(address)
     if ray.is_initialized():
         yield
         return
-    place = address or os.environ.get("RAY_ADDRESS") or "local"
     own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if place == "local" else {}
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         try:
             _check_reached(place)
-            ray.init(place, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR, **own)
+            with _variable(_USAGE_STATS, os.environ.get(_USAGE_STATS, "0")), _own_sigterm():
+                ray.init(place, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR, **own)
         except Exception as error:  # of a cluster that can't be reached Ray raises whatever met it on the way
             raise AccessError(
                 f"the Ray cluster {place} can't be used: {_reason(error)}.",
@@ -276,6 +339,35 @@ def connected(address: str | None) -> Iterator[None]:
     finally:
         ray.shutdown()
         logger.setLevel(level)
+
+
+def _place(address: str | None) -> str:
+    """Return where the cluster is.
+
+    Raises:
+        UsageError: If the address is empty.
+    """
+    if address is not None and not address.strip():
+        raise UsageError("the Ray address is empty.", hint="Leave it out for workers on this machine.")
+    return address if address is not None else os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does when it is asked to end, in the place of which Ray puts its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        # Ray's was there already when it was asked.
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reached(place: str) -> None:
@@ -289,18 +381,13 @@ def _check_reached(place: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _STOP).close()
 
 
-def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions) -> None:
-    """See that the cluster that this process is connected to can do what is planned.
-
-    Args:
-        plan: The plan.
-        jobs: Threads of a worker.
-        device: ``cpu`` or ``cuda``.
-        options: What was asked for.
+def check_request(plan: FoldPlan, options: RunOptions) -> None:
+    """See that some cluster can do what is planned.
 
     Raises:
-        UsageError: If no node can do it, or weights are in a form that can't be read by ranges.
+        UsageError: If weights are in a form that can't be read by ranges, or the address is empty.
     """
+    _place(options.ray_address)
     # Held in memory, each task would bring them all along.
     for file in (*plan.base.files, *(a.weights for a in plan.adapters)):
         if any(isinstance(t.source, HeldBytes) for t in file.tensors):
@@ -308,7 +395,24 @@ def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions) -
                 f"{file.path} is in an old form of torch.save, which workers can't read by ranges.",
                 hint="Save it as safetensors, or use --engine local.",
             )
-    _fit(jobs, device, options)
+
+
+def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions, memory: int = 0) -> None:
+    """See that the cluster that this process is connected to can do what is planned.
+
+    Args:
+        plan: The plan.
+        jobs: Threads of a worker.
+        device: ``cpu`` or ``cuda``.
+        options: What was asked for.
+        memory: Bytes that a worker takes, at most.
+
+    Raises:
+        UsageError: If no node can do it, or weights are in a form that can't be read by ranges.
+        ResourceError: If no node has the memory.
+    """
+    check_request(plan, options)
+    _fit(jobs, device, memory, options)
 
 
 def run_on_ray(plan: FoldPlan, course: Course, staging: Staging, engine: Engine, options: RunOptions) -> RunResult:
@@ -316,23 +420,24 @@ def run_on_ray(plan: FoldPlan, course: Course, staging: Staging, engine: Engine,
 
     Raises:
         UsageError: If no node can do it.
-        ResourceError: If workers are lost again and again.
+        ResourceError: If no node has the memory, or workers are lost again and again.
         AccessError: If a node does not see the files.
         BoftExportError: As ``run_plan`` does.
     """
-    jobs, resources = _fit(engine.jobs, engine.devices[0].type, options)
-    engine = replace(engine, jobs=jobs)
+    needs = _fit(engine.jobs, engine.devices[0].type, engine.memory.peak, options)
+    engine = replace(engine, jobs=int(needs["num_cpus"]))
+    inputs = plan.input_files()
     job = _Job(
         plan,
         course,
         engine,
         staging.shared,
         str(Path.cwd()),
-        {n: (p, file_state(p)) for n, p in plan.input_files().items()},
+        {n: (p, file_state(p)) for n, p in inputs.items()},
     )
     todo = shards_to_write(plan, course, staging, engine)
     run = _Run(plan, course, staging, todo, options.progress)
-    digests = run.perform(job, _tasks(plan, todo), resources)
+    digests = run.perform(job, _tasks(plan, todo, {n: p.stat().st_size for n, p in inputs.items()}), needs)
     return run_result(plan, course, staging, engine, todo, {n: digests[n] for n in job.inputs})
 
 
@@ -354,31 +459,49 @@ class _Run:
         # Bytes written of each shard, of those that were there before all.
         self._written = {i: self._sizes[i] for i, s in enumerate(plan.shards) if s not in todo}
         self._whole = set(self._written)
+        # How often a task's worker was lost.
+        self._lost: Counter[_Task] = Counter()
+        self._heard = time.monotonic()
+        self._warned = False
 
-    def perform(self, job: _Job, tasks: Sequence[_Task], resources: Mapping[str, float]) -> dict[str, str]:
-        """Have all tasks done; return the digests of the inputs."""
+    def perform(self, job: _Job, tasks: Sequence[_Task], needs: Mapping[str, float]) -> dict[str, str]:
+        """Have all tasks done; return the digests of the inputs.
+
+        Args:
+            job: What they share.
+            tasks: The tasks.
+            needs: What one that writes asks of a node.
+        """
         # Near this process, so that no other node's loss is its end.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         tally = ray.remote(_Tally).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         shared = ray.put(pickle.dumps(job))
-        do = ray.remote(_perform)
+        versions = _versions(native.arithmetic() if job.engine.is_native else "torch")
         digests: dict[str, str] = {}
         pending: dict[Ref, _Task] = {}
+
+        def begin(task: _Task) -> None:
+            do = ray.remote(_perform).options(**_needs(task, needs), max_retries=0, name=self._name(task))
+            pending[do.remote(versions, shared, task, tally)] = task
+
         try:
             for task in tasks:
-                how = {**resources, "max_retries": _RETRIES, "name": self._name(task)}
-                pending[do.options(**how).remote(_versions(), shared, task, tally)] = task
+                begin(task)
             news = tally.told.remote()
             while pending:
                 for ref in ray.wait(list(pending), timeout=_POLL)[0]:
                     task = pending.pop(ref)
-                    digests |= self._take(ref, task).digests
+                    if (finished := self._take(ref, task)) is None:
+                        begin(task)
+                    else:
+                        digests |= finished.digests
+                    self._heard = time.monotonic()
                 if ray.wait([news], timeout=0)[0]:
                     # Without it nothing is lost but a bar that moves.
                     with contextlib.suppress(RayError):
                         self._show(ray.get(news))
                     news = tally.told.remote()
-                self._staging.hold()
+                self._warn_of_silence(needs)
         except BaseException:
             with contextlib.suppress(RayError):
                 ray.kill(tally)
@@ -392,15 +515,30 @@ class _Run:
     def _name(self, task: _Task) -> str:
         return f"write {self._plan.shards[task.shard].name}" if task.shard is not None else f"digest {task.reads[0]}"
 
-    def _take(self, ref: Ref, task: _Task) -> _Finished:
-        """Take a task's result, and note in the journal what it finished."""
+    def _warn_of_silence(self, needs: Mapping[str, float]) -> None:
+        """Say once that nothing was heard of any worker for long."""
+        if self._warned or time.monotonic() - self._heard < _SILENCE:
+            return
+        self._warned = True
+        _LOGGER.warning(
+            "nothing was heard of the Ray cluster's workers for %.0f s; each file waits for a node with %s free "
+            "(ray status tells what there is)",
+            _SILENCE,
+            _told(needs),
+        )
+
+    def _take(self, ref: Ref, task: _Task) -> _Finished | None:
+        """Take a task's result, and note in the journal what it finished; None where it is to be done again."""
         try:
             finished: _Finished = ray.get(ref)
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
+            self._lost[task] += 1
+            if self._lost[task] <= _RETRIES:
+                return None
             raise ResourceError(
-                f"Ray gave up to {self._name(task)} after {1 + _RETRIES} tries: {_reason(error)}.",
+                f"gave up to {self._name(task)} after {1 + _RETRIES} tries: {_reason(error)}.",
                 hint="A worker may have run out of memory: lower --max-memory or --jobs. Then go on with --resume.",
             ) from error
         for name, content in finished.records:
@@ -415,6 +553,8 @@ class _Run:
 
     def _show(self, news: Mapping[int, tuple[int, str]], *, last: bool = False) -> None:
         """Tell how far it is; a shard that is written again begins at nothing."""
+        if news:
+            self._heard = time.monotonic()
         for shard, (nbytes, tensor) in news.items():
             if shard < 0 or not tensor or (shard in self._whole and not last):
                 continue
@@ -423,8 +563,14 @@ class _Run:
                 self._progress(sum(self._written.values()), sum(self._sizes), tensor)
 
 
-def _tasks(plan: FoldPlan, todo: Sequence[Shard[TensorPlan]]) -> list[_Task]:
-    """Return a task for each shard, and one for each input that not exactly one shard reads."""
+def _tasks(plan: FoldPlan, todo: Sequence[Shard[TensorPlan]], sizes: Mapping[str, int]) -> list[_Task]:
+    """Return a task for each shard, and some for the inputs that not exactly one shard reads.
+
+    Args:
+        plan: The plan.
+        todo: The shards to write.
+        sizes: Bytes of each input.
+    """
     inputs = plan.input_files()
     names = {path: name for name, path in inputs.items()}
     adapters = [n for n in inputs if n.startswith("adapter")]
@@ -440,43 +586,76 @@ def _tasks(plan: FoldPlan, todo: Sequence[Shard[TensorPlan]]) -> list[_Task]:
         _Task(i, tuple(dict.fromkeys((*found, *adapters))), tuple(n for n in found if n in own))
         for i, found in reads.items()
     ]
-    return tasks + [_Task(None, (n,), (n,)) for n in inputs if n not in own]
+    batches: list[list[str]] = []
+    room = 0
+    for name in (n for n in inputs if n not in own):
+        if not batches or sizes[name] > room:
+            batches.append([])
+            room = _DIGEST_BATCH
+        batches[-1].append(name)
+        room -= sizes[name]
+    return tasks + [_Task(None, tuple(b), tuple(b)) for b in batches]
 
 
-def _fit(jobs: int, device: str, options: RunOptions) -> tuple[int, dict[str, float]]:
-    """Return how many threads a worker has, and what a task asks of a node.
+def _needs(task: _Task, needs: Mapping[str, float]) -> dict[str, float]:
+    """Return what a task asks of a node, where ``needs`` is what one asks that writes."""
+    if task.shard is not None:
+        return dict(needs)
+    return {"num_cpus": 1.0, "memory": min(needs["memory"], float(_DIGEST_MEMORY))}
+
+
+def _told(needs: Mapping[str, float]) -> str:
+    gpu = ", a GPU" if "num_gpus" in needs else ""
+    return f"{needs['num_cpus']:.0f} CPUs{gpu} and {format_size(int(needs['memory']))} of memory"
+
+
+def _fit(jobs: int, device: str, memory: int, options: RunOptions) -> dict[str, float]:
+    """Return what a task that writes asks of a node, one CPU for each of its threads.
 
     Raises:
         UsageError: If there is no such node.
+        ResourceError: If none has the memory.
     """
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    most = int(max((n.get("CPU", 0) for n in nodes), default=0))
-    # A cluster without any may yet grow.
-    if most and jobs > most:
+    # A cluster without any of them may yet grow.
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+    needs = {"num_cpus": float(jobs), "memory": float(memory)}
+    beside = ""
+    if device == "cuda":
+        needs["num_gpus"] = 1.0
+        beside = " beside a GPU"
+        with_gpu = [n for n in nodes if n.get("GPU", 0) >= 1]
+        if nodes and not with_gpu:
+            raise UsageError("no node of the Ray cluster has a GPU.", hint="Use --device cpu.")
+        nodes = with_gpu
+    if not nodes:
+        return needs
+    room = int(max(n.get("memory", 0) for n in nodes))
+    if memory > room:
+        raise ResourceError(
+            f"no node of the Ray cluster has the {memory:,} bytes of memory that a worker takes{beside}; the largest "
+            f"has {room:,}.",
+            hint=f"Give --max-memory {room >> 20}MiB or less, or fewer --jobs.",
+        )
+    most = int(max(n["CPU"] for n in nodes if n.get("memory", 0) >= memory))
+    if jobs > most:
         if options.jobs is not None:
             raise UsageError(
-                f"no node of the Ray cluster has {jobs} CPUs for one task; the largest has {most}.",
+                f"no node of the Ray cluster has {jobs} CPUs for one task{beside}; the largest has {most}.",
                 hint=f"Use --jobs {most} or fewer: so many threads work on one file, and files side by side.",
             )
-        jobs = most
-    resources = {"num_cpus": float(jobs)}
-    if device == "cuda":
-        if not any(n.get("GPU", 0) >= 1 for n in nodes):
-            raise UsageError("no node of the Ray cluster has a GPU.", hint="Use --device cpu.")
-        resources["num_gpus"] = 1.0
-    return jobs, resources
+        needs["num_cpus"] = float(most)
+    return needs
 
 
 def _cause(error: RayTaskError) -> BaseException:
     """Return what was raised on the worker."""
     cause: BaseException = error.cause
-    if (
-        not isinstance(cause, BoftExportError)
-        and "boft_export" in str(cause)
-        and isinstance(cause, RuntimeError | ImportError)
-    ):
+    text = str(cause).strip()
+    # Whose arguments were others in another version.
+    other = isinstance(cause, TypeError) and "_perform()" in text
+    if isinstance(cause, ImportError) or (isinstance(cause, RuntimeError) and "boft_export" in text) or other:
         return UsageError(
-            "a node of the Ray cluster can't load boft_export.",
+            f"a node of the Ray cluster can't load boft-export {__version__}: {(text.splitlines() or [''])[-1]}",
             hint=f'On each node: pip install "boft-export[ray]=={__version__}"',
         )
     return cause
