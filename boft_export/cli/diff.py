@@ -33,7 +33,7 @@ _MOST_GROUPS = 40
 
 
 def command(
-    a: Annotated[str, typer.Argument(help="The checkpoint before: a folder, a file or a Hub id.", metavar="A")],
+    a: Annotated[str, typer.Argument(help="The checkpoint before: a folder, a file, a URL or a Hub id.", metavar="A")],
     b: Annotated[str, typer.Argument(help="The checkpoint after.", metavar="B")],
     *,
     top: Annotated[

@@ -19,7 +19,7 @@ EPILOG = opt.examples(
 
 
 def command(
-    ref: Annotated[str, typer.Argument(help="A checkpoint or an adapter: a folder, a file or a Hub id.")],
+    ref: Annotated[str, typer.Argument(help="A checkpoint or an adapter: a folder, a file, a URL or a Hub id.")],
     *,
     revision: opt.Revision = None,
     subfolder: opt.Subfolder = None,

@@ -83,7 +83,7 @@ def command(
             result = merge(base, adapters, output, **vars(replace(options, progress=progress)))
         out.notices(result.plan.notices)
         seconds = time.monotonic() - started
-        document = result_document(result.plan, str(output), result.manifest, result.resumed, seconds)
+        document = result_document(result.plan, output, result.manifest, result.resumed, seconds)
         show_result(out, document)
         if reversible:
             size = format_size(sum(f["bytes"] for f in document["undo"].values()))

@@ -35,13 +35,16 @@ def command(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapters to fold in: folders, files or Hub ids; in the order given.",
+            help="Adapters to fold in: folders, files, URLs or Hub ids; in the order given.",
             metavar="ADAPTER",
             show_default=False,
         ),
     ] = None,
     *,
-    output: opt.Output,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="Folder to write; it appears only when it is complete.", metavar="PATH"),
+    ],
     task: Annotated[
         str | None,
         typer.Option(

@@ -52,7 +52,9 @@ def command(
     *,
     base: Annotated[
         str | None,
-        typer.Option(help="The base: a folder, a file or a Hub id (default: what the adapter names).", metavar="BASE"),
+        typer.Option(
+            help="The base: a folder, a file, a URL or a Hub id (default: what the adapter names).", metavar="BASE"
+        ),
     ] = None,
     merged: Annotated[
         str | None,
