@@ -168,12 +168,12 @@ def extrapolated(cases: list[Case]) -> list[dict[str, object]]:
 def main() -> None:
     """Measure each case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--shape", default="llama-1b", help="one of those in synthetic.py")
     parser.add_argument("--targets", nargs="+", choices=["qv", "linear"], default=["qv", "linear"])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--block-size", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1, help="PEFT takes minutes for each")
     parser.add_argument("--mergekit", type=Path, default=ROOT / ".venv-mergekit" / "bin" / "mergekit-yaml")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.remote import RANGE_BYTES, RANGES, AnyPath, RemotePath
-from boft_export.checkpoint.remote_staging import PART_BYTES
+from boft_export.checkpoint.remote_objects import PART_BYTES
 from boft_export.errors import ResourceError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.linalg.planner import SMALLEST_STAGE, plan_stages
