@@ -90,13 +90,14 @@ class SharedFiles:
     """The files of a folder under construction, for other processes, also on other machines; it can be pickled.
 
     Several may write the same file at once, as where one was given up that still runs: each has its own until it is
-    complete, and none of these is ever published.
+    complete, and none of these is ever published. What is complete lies in a folder of the one run, which removes it
+    when it is over: what still runs then has nowhere to put what it wrote.
 
     Attributes:
-        root: The hidden folder.
+        parts: The run's folder.
     """
 
-    root: Path
+    parts: Path
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -104,16 +105,16 @@ class SharedFiles:
 
         Raises:
             ResourceError: If the disk is full.
-            AccessError: If the file can't be written, or the folder is not seen here.
+            AccessError: If the file can't be written, the folder is not seen here, or the run is over.
         """
-        target = self.root / _FILES / name
-        partial = self.root / _PARTS / f"{target.name}.{uuid.uuid4().hex}"
-        with file_system_errors(target):
-            # Never the root: where it is missing this is not the file system that it is on.
-            partial.parent.mkdir(exist_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(target, partial) as file:
+        target = part_of(self.parts, name)
+        with write_whole(target, target.with_name(f"{target.name}.{uuid.uuid4().hex}")) as file:
             yield file
+
+
+def part_of(parts: Path, name: str) -> Path:
+    """Return where another process puts a file: in no folder of its own, since none may be made there."""
+    return parts / name.replace("%", "%25").replace("/", "%2F")
 
 
 class Staging:
@@ -124,6 +125,12 @@ class Staging:
         fingerprint: Stands for all that decides the output's bytes; only a run with the same one may go on.
         resume: Take over the finished files of a killed run.
         overwrite: Allow ``output`` to exist; it is replaced in one step at the end.
+
+    Attributes:
+        output: Where the finished folder is to appear.
+        done: What the journal has of each finished file.
+        discarded: Finished files of an earlier run were not taken over.
+        left: What could not be removed at the end, and why.
 
     Raises:
         UsageError: If ``output`` exists, another run is writing it, or there is nothing fit to resume.
@@ -138,6 +145,8 @@ class Staging:
         self.files = self.root / _FILES
         self.done: dict[str, Mapping[str, Any]] = {}
         self.discarded = False
+        self.left: str | None = None
+        self._parts = self.root.absolute() / _PARTS / uuid.uuid4().hex
         with file_system_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -204,7 +213,12 @@ class Staging:
 
     def record(self, name: str, content: Mapping[str, Any]) -> None:
         """Note in the journal that ``name`` is finished, with what the manifest will need of it."""
-        entry = {"file": name, "nbytes": (self.files / name).stat().st_size, **content}
+        target = self.files / name
+        with file_system_errors(target):
+            if (part := part_of(self._parts, name)).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(target)
+            entry = {"file": name, "nbytes": target.stat().st_size, **content}
         with file_system_errors(self.root), (self.root / _JOURNAL).open("a") as journal:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
@@ -214,10 +228,9 @@ class Staging:
     @property
     def shared(self) -> Files:
         """Where other processes put files; it can be pickled. What they finish is for this one to record."""
-        return SharedFiles(self.root.absolute())
-
-    def hold(self) -> None:
-        """Keep others from taking the folder over, where nothing is written for long."""
+        with file_system_errors(self._parts):
+            self._parts.mkdir(parents=True, exist_ok=True)
+        return SharedFiles(self._parts)
 
     def publish(self) -> None:
         """Put the folder in its place in one step, and forget the journal."""

@@ -106,10 +106,14 @@ class Output:
             self._err.print(f"  {error.hint}", markup=False)
         self.trace()
 
-    def interrupted(self) -> None:
-        """Say that the user stopped the run."""
-        message = f"interrupted; {self.published or 'nothing'} was published."
-        hint = "Go on with --resume." if self.resumable and not self.published else None
+    def interrupted(self, told: str = "") -> None:
+        """Say that the user stopped the run.
+
+        Args:
+            told: What whoever was stopped says of it himself.
+        """
+        message = told or f"interrupted; {self.published or 'nothing'} was published."
+        hint = "Go on with --resume." if self.resumable and not self.published and not told else None
         error = {"type": "KeyboardInterrupt", "exit_code": EXIT_INTERRUPTED, "message": message, "hint": hint}
         self._failure({"schema_version": 1, "error": error, "notices": []})
         self._err.print(f"{message} {hint or ''}".rstrip(), style="yellow", markup=False)

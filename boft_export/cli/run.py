@@ -24,8 +24,8 @@ def reported(output: Output) -> Iterator[None]:
     except MemoryError as error:
         output.error(ResourceError(f"out of memory: {error}", hint="Set --max-memory, or use fewer --jobs."))
         raise typer.Exit(ResourceError.exit_code) from None
-    except KeyboardInterrupt:
-        output.interrupted()
+    except KeyboardInterrupt as stop:
+        output.interrupted(str(stop))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read our output has enough of it.

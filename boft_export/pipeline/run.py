@@ -254,6 +254,9 @@ def _carry_out(
         message = "the finished files of an earlier run were discarded"
         notice = Notice(Level.WARNING, "started-over", str(target), message, "Give --resume to take them over.")
         plan = replace(plan, notices=(*plan.notices, notice))
+    if staging.left is not None:
+        notice = Notice(Level.WARNING, "left-behind", str(target), staging.left, "Remove it: it is of no more use.")
+        plan = replace(plan, notices=(*plan.notices, notice))
     return Finished(target, plan, course, done.outputs, tuple(manifests), done.resumed)
 
 
