@@ -1,8 +1,9 @@
 """The fold kernel alone: what a dense stage costs by its size, and a layer's fold by b, m, dtype, threads and kernel.
 
-A weight in the order of rows, and of columns where the output side is rotated, with scales and with all the sums that a
-manifest has. Each figure is the least of several runs, each of which folds the whole weight. GB/s are bytes read and
-written. "torch" is the fold that serves where there is no compiled kernel.
+A weight in the order of rows, and of columns where the output side is rotated, in the stages that a merge folds in,
+with scales and with all the sums that a manifest has. Each figure is the least of several runs, each of which folds the
+whole weight. GB/s are bytes read and written. "torch" is the fold that serves where there is no
+compiled kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from boft_export import Factor, Rotation
 from boft_export.errors import UsageError
 from boft_export.linalg.butterfly import butterfly_index
+from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS
 from boft_export.linalg.rounding import round_once
 from boft_export.native import Program, Stage, fold_columns, fold_rows, instruction_set
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
@@ -151,12 +153,14 @@ def main() -> None:
 
     layers: list[dict[str, object]] = []
     for b, m in ((4, 1), (8, 1), (8, 2), (4, 4), (8, 4)):
-        factors = list(Rotation(tuple(butterfly(n, m, b))).fused().factors)
+        rotation = Rotation(tuple(butterfly(n, m, b)))
         for dtype in DTYPES if (b, m) == (8, 2) else ["BF16"]:
             for side in ("rows", "columns"):
                 for threads in args.threads:
                     for kernel in args.kernels:
                         if kernel != "torch" or side == "rows":
+                            costs = TORCH_COSTS if kernel == "torch" else KERNEL_COSTS
+                            factors = list(rotation.fused(costs.smallest if side == "rows" else 1, costs).factors)
                             told = {
                                 "b": str(b), "m": str(m), "stages": "+".join(str(f.index.shape[1]) for f in factors),
                                 "dtype": dtype, "side": side, "threads": str(threads), "kernel": kernel,
