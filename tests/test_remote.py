@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import signal
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 import boft_export
 from boft_export.checkpoint import locate, open_checkpoint
-from boft_export.checkpoint.remote import RemoteBytes, RemotePath, parse_path
+from boft_export.checkpoint.remote import RemoteBytes, RemotePath, lies_in, parse_path
 from boft_export.cli.main import app
-from boft_export.errors import DamagedFileError, UsageError
+from boft_export.errors import AccessError, DamagedFileError, ResourceError, UsageError
 
 
 def test_every_way_gives_the_same_bytes(base: Path, adapter: Path, tmp_path: Path, bucket: str) -> None:
@@ -184,6 +185,79 @@ def test_urls(tmp_path: Path) -> None:
             parse_path(text)
 
 
+def test_names_of_one_store() -> None:
+    for names in (("az", "abfs", "abfss"), ("s3", "s3a", "s3n"), ("gs", "gcs")):
+        assert len({parse_path(f"{n}://place/x") for n in names}) == 1
+
+    class Twin(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
+        protocol = ("twin", "other")
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.partition("://")[2]
+
+    for name in Twin.protocol:
+        fsspec.register_implementation(name, Twin)
+    assert lies_in(RemotePath("twin://place/x/y"), RemotePath("other://place/x"))
+    assert not lies_in(RemotePath("twin://place/xy"), RemotePath("other://place/x"))
+    assert not lies_in(RemotePath("twin://place/x"), RemotePath("memory://place/x"))
+
+
+def test_password_in_a_url(base: Path, adapter: Path) -> None:
+    done = CliRunner().invoke(app, ["merge", str(base), str(adapter), "-o", "ftp://me:secret@host/out"])
+    assert done.exit_code == 2
+    assert "password" in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert parse_path("az://container@account.dfs.core.windows.net/x:y@z").name == "x:y@z"
+
+
+def test_threads_share_a_file_system_only_where_they_can(bucket: str) -> None:
+    for url, shared in ((bucket, True), ("memory://x", False)):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(lambda u: RemotePath(u).file_system, url).result()
+        assert (RemotePath(url).file_system is other) == shared
+
+
+def test_base_that_a_config_names_by_a_url(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """What was downloaded does not decide which hosts are asked."""
+    config = adapter / "adapter_config.json"
+    for url in ("http://169.254.169.254/latest", f"file://{base}"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": url}))
+        with pytest.raises(UsageError, match="names a URL as its base"):
+            boft_export.merge(None, adapter, tmp_path / "out")
+
+
+def test_places_below_an_output(base: Path, adapter: Path, bucket: str) -> None:
+    arguments = ["interpolate", base, adapter, "-o", f"{bucket}/x/", "--alphas", "0:1:0.5", "-n", "--json"]
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    folders = [o["folder"] for o in json.loads(done.stdout)["outputs"]]
+    assert folders == [f"{bucket}/x/alpha-{a}" for a in ("0", "0.5", "1")]
+
+
+def test_evaluation_of_a_remote_output(base: Path, adapter: Path, tmp_path: Path, bucket: str) -> None:
+    script = tmp_path / "figures.py"
+    script.write_text("def evaluate(model_dir): return {}")
+    arguments = ["interpolate", base, adapter, "-o", f"{bucket}/x", "--alpha", "0.5", "--eval", script]
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 2
+    assert "--eval needs files on this machine" in done.stderr
+    assert not content(bucket)
+
+
+def test_publishing_that_is_interrupted(
+    base: Path, adapter: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RemotePath(bucket).file_system, "cp_file", stop)
+    done = CliRunner().invoke(app, ["merge", str(base), str(adapter), "-o", f"{bucket}/out", "--json"])
+    assert done.exit_code == 130
+    assert "nothing" not in done.stderr
+    assert json.loads(done.stdout)["error"]["message"] in done.stderr
+    assert "was cut short. Finish it with --resume." in done.stderr
+
+
 def test_output_in_an_input(base: Path, adapter: Path, tmp_path: Path) -> None:
     there = put(base, f"memory://{tmp_path.name}/base")
     with pytest.raises(UsageError, match="into the base's folder"):
@@ -198,3 +272,40 @@ def test_pickled_weights(tmp_path: Path) -> None:
     buffer = bytearray(tensor.nbytes)
     tensor.read_into(memoryview(buffer))
     assert torch.frombuffer(buffer, dtype=torch.float32).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "zipped.bin"])
+def test_damaged_pickles(tmp_path: Path, bucket: str, name: str) -> None:
+    """As from disk: no store is to blame, and no advice is given to load it unsafely."""
+    data = pickle.dumps({"w": print})
+    if name == "zipped.bin":
+        torch.save({"w": torch.arange(6.0)}, tmp_path / name)
+        data = (tmp_path / name).read_bytes()[:-30]
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/base/{name}", data)
+    done = CliRunner().invoke(app, ["inspect", f"{bucket}/base/{name}"])
+    assert done.exit_code == 3, done.stderr
+    assert "False" not in done.stderr
+
+
+def test_what_fails_beside_a_file_is_not_its_failure(bucket: str) -> None:
+    system = fsspec.filesystem("s3")
+    system.pipe_file(f"{bucket}/file", b"x" * 100)
+    path = RemotePath(f"{bucket}/file")
+    with pytest.raises(OSError, match="No space"), path.open() as file:
+        raise OSError(errno.ENOSPC, "No space left on device", file.read(1))
+    with path.open() as file:
+        system.rm_file(f"{bucket}/file")
+        with pytest.raises(AccessError, match="cannot read"):
+            file.read()
+
+
+def test_full_disk_while_a_remote_file_is_copied(
+    base: Path, adapter: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    there = put(base, f"{bucket}/base")
+    monkeypatch.setattr("boft_export.pipeline.run.shutil.copyfileobj", fail)
+    with pytest.raises(ResourceError, match="disk is full"):
+        boft_export.merge(there, adapter, tmp_path / "out")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from typing import IO, Any, NamedTuple, cast
 from boft_export.errors import AccessError, BoftExportError, DamagedFileError, UsageError
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
+# A name and a password before the host.
+_PASSWORD = re.compile(r"[^/@]*:[^/]*@")
 # Other names of the same store: an output in an input's folder must be seen to be there.
-_ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file"}
+_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "local": "file"}
 # What one request asks for, and how many are under way at once for one reader.
 RANGE_BYTES = 4 << 20
 RANGES = 4
@@ -86,11 +90,6 @@ class RemotePath:
         return self._place.name
 
     @property
-    def stem(self) -> str:
-        """The last part without its suffix."""
-        return self._place.stem
-
-    @property
     def suffix(self) -> str:
         """The suffix of the last part."""
         return self._place.suffix
@@ -129,7 +128,8 @@ class RemotePath:
         Raises:
             UsageError: If its scheme is not known, or the package for it is not installed.
         """
-        return _file_system(self._scheme, self.parts[0] if self.parts else "", os.getpid())
+        thread = 0 if _is_async(self._scheme) else threading.get_ident()
+        return _file_system(self._scheme, self.parts[0] if self.parts else "", os.getpid(), thread)
 
     @property
     def key(self) -> str:
@@ -221,15 +221,15 @@ class RemotePath:
             if fnmatchcase(path.name, first):
                 yield from path.glob(rest) if rest else (path,)
 
-    @contextmanager
-    def open(self, mode: str = "rb") -> Iterator[IO[bytes]]:
+    def open(self, mode: str = "rb") -> IO[bytes]:
         """Open the file for reading.
 
         Raises:
-            AccessError: If it can't be read.
+            AccessError: If it can't be read, then or later.
         """
-        with remote_errors(self), self.file_system.open(self.key, mode, block_size=RANGE_BYTES) as file:
-            yield file
+        with remote_errors(self):
+            file = self.file_system.open(self.key, mode, block_size=RANGE_BYTES)
+        return io.BufferedReader(_Reader(file, self))
 
     def read_bytes(self) -> bytes:
         """Return the content of a small file.
@@ -248,6 +248,45 @@ class RemotePath:
             UnicodeDecodeError: If it is no such text.
         """
         return self.read_bytes().decode(encoding)
+
+
+class _Reader(io.RawIOBase):
+    """A file that is only read, and whose failures are ours; not those of whoever reads it."""
+
+    def __init__(self, file: IO[bytes], path: RemotePath) -> None:
+        super().__init__()
+        self._file = file
+        self._path = path
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can be read anywhere."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  # whatever is a buffer
+        """Fill ``buffer`` as far as the file goes on."""
+        with remote_errors(self._path):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go elsewhere."""
+        with remote_errors(self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return where it is."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close it."""
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 AnyPath = Path | RemotePath
@@ -309,6 +348,12 @@ def parse_path(ref: str | os.PathLike[str]) -> AnyPath:
     if match is None:
         return Path(text)
     scheme = _ALIASES.get(match["scheme"].lower(), match["scheme"].lower())
+    if _PASSWORD.match(match["place"]):
+        # It would be in messages, in the manifest, and in shells' histories.
+        raise UsageError(
+            f"a {scheme}:// URL holds a password.",
+            hint="Leave it out, and put it into fsspec's configuration, or where the store looks for credentials.",
+        )
     if scheme == "file":
         return Path(match["place"] or "/")
     place = PurePosixPath(match["place"].lstrip("/"))
@@ -340,7 +385,10 @@ def local_path(path: AnyPath, purpose: str) -> Path:
 def lies_in(path: AnyPath, folder: AnyPath) -> bool:
     """Tell whether ``path`` is ``folder`` or lies below it."""
     if isinstance(path, RemotePath):
-        return isinstance(folder, RemotePath) and path.is_relative_to(folder)
+        if not isinstance(folder, RemotePath) or path.is_relative_to(folder):
+            return isinstance(folder, RemotePath)
+        # One place may have several URLs.
+        return bool(path.file_system == folder.file_system) and PurePosixPath(path.key).is_relative_to(folder.key)
     return isinstance(folder, Path) and path.resolve().is_relative_to(folder.resolve())
 
 
@@ -379,9 +427,21 @@ def _reason(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-@lru_cache(maxsize=64)
-def _file_system(scheme: str, place: str, _process: int) -> Any:  # noqa: ANN401  # fsspec has no types
-    """Return the one file system that all threads of a process share: fsspec's own cache has one for each thread."""
+@lru_cache
+def _is_async(scheme: str) -> bool:
+    """Tell whether threads may share a file system: its requests are made by one thread of its own."""
+    try:
+        from fsspec import get_filesystem_class
+
+        return bool(get_filesystem_class(scheme).async_impl)
+    except (ImportError, ValueError):
+        # That it can't be had is told when it is asked for.
+        return True
+
+
+@lru_cache(maxsize=256)
+def _file_system(scheme: str, place: str, _process: int, _thread: int) -> Any:  # noqa: ANN401  # fsspec has no types
+    """Return the file system that all threads of a process share, or one for a thread where they can't."""
     url = f"{scheme}://{place}"
     try:
         from fsspec.core import url_to_fs

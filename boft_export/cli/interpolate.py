@@ -107,9 +107,11 @@ def command(
         }
         request = interpolation(**asked)
         if evaluation is not None:
+            from boft_export.checkpoint.remote import local_path, parse_path
             from boft_export.pipeline.evaluation import check_script
 
             check_script(evaluation)
+            local_path(parse_path(output), "--eval")
         options = RunOptions(
             dtype=dtype.kept,
             compute_dtype=compute_dtype.value,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from boft_export.adapters import ReadOptions
 from boft_export.checkpoint import Checkpoint, locate, open_checkpoint, wanted_weights
+from boft_export.checkpoint.remote import is_url
 from boft_export.errors import UsageError
 from boft_export.planning.sourced import SourcedAdapter, open_adapter
 
@@ -60,7 +61,7 @@ class Sources:
         """Open a base and its adapters; a base of None or ``-`` is the one that the first adapter names.
 
         Raises:
-            UsageError: If there is no adapter, or none names its base.
+            UsageError: If there is no adapter, or none names its base, or it names a URL.
             BoftExportError: As ``locate``, ``open_checkpoint`` and ``open_adapter`` do.
         """
         if not adapters:
@@ -71,5 +72,11 @@ class Sources:
         first = opened[0].adapter
         if first.base_model is None:
             raise UsageError(f"{opened[0].name} does not name its base.", hint="Give the base in place of '-'.")
+        if is_url(first.base_model):
+            # A file that was downloaded must not decide which hosts are asked for what.
+            raise UsageError(
+                f"{opened[0].name} names a URL as its base, {first.base_model}, which is not opened for that.",
+                hint="If that is the base, give it in place of '-'.",
+            )
         own = Sources(self.revision or first.base_revision, None, self.subfolder, self.offline, self.options)
         return own.base(first.base_model), opened

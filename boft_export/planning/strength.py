@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
+from boft_export.checkpoint.remote import parse_path
 from boft_export.errors import InputError, Level, Notice, UsageError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.planning.alphas import Alpha, AlphaMap, number_text, several
@@ -161,7 +161,7 @@ class Variant:
 
     def path_below(self, output: str) -> str:
         """Return where it is, with the run's output at ``output``."""
-        return str(Path(output) / self.folder)
+        return str(parse_path(output) / self.folder)
 
 
 @dataclass(frozen=True)
