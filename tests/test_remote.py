@@ -21,6 +21,9 @@ from boft_export.checkpoint import locate, open_checkpoint
 from boft_export.checkpoint.remote import RemoteBytes, RemotePath, lies_in, parse_path
 from boft_export.cli.main import app
 from boft_export.errors import AccessError, DamagedFileError, ResourceError, UsageError
+from boft_export.pipeline.memory import remote_bytes
+from boft_export.pipeline.prepare import plan_merge
+from boft_export.planning.strength import Interpolation
 
 
 def test_every_way_gives_the_same_bytes(base: Path, adapter: Path, tmp_path: Path, bucket: str) -> None:
@@ -309,3 +312,19 @@ def test_full_disk_while_a_remote_file_is_copied(
     monkeypatch.setattr("boft_export.pipeline.run.shutil.copyfileobj", fail)
     with pytest.raises(ResourceError, match="disk is full"):
         boft_export.merge(there, adapter, tmp_path / "out")
+
+
+def test_memory_for_what_is_on_its_way(base: Path, adapter: Path, tmp_path: Path) -> None:
+    there, trained = put(base, f"memory://{tmp_path.name}/base"), put(adapter, f"memory://{tmp_path.name}/adapter")
+    output = RemotePath(f"memory://{tmp_path.name}/out")
+
+    def held(base: str | Path, adapter: str | Path, output: Path | RemotePath, *, reversible: bool = False) -> int:
+        plan = plan_merge(base, adapter)
+        return remote_bytes(plan, Interpolation().course(plan), output, 2, reversible=reversible)
+
+    local = tmp_path / "out"
+    assert held(base, adapter, local) == 0
+    reading, writing = held(there, adapter, local), held(base, adapter, output)
+    assert held(base, trained, local) == held(there, trained, local) == reading > 0
+    assert held(there, adapter, output) == reading + writing
+    assert held(base, adapter, output, reversible=True) == 2 * writing

@@ -149,11 +149,20 @@ def is_remote(plan: FoldPlan) -> bool:
     return isinstance(plan.base.root, RemotePath)
 
 
-def remote_bytes(plan: FoldPlan, course: Course, output: AnyPath, jobs: int) -> int:
-    """Return what is held of bytes on their way from a store and to one."""
-    reading = jobs * _REMOTE_READ if is_remote(plan) else 0
-    writing = OPEN_SHARDS * len(course.variants) * _REMOTE_WRITE if isinstance(output, RemotePath) else 0
-    return reading + writing
+def remote_bytes(plan: FoldPlan, course: Course, output: AnyPath, jobs: int, *, reversible: bool = False) -> int:
+    """Return what is held of bytes on their way from a store and to one.
+
+    Args:
+        plan: What will be done.
+        course: How far each output goes.
+        output: The folder to write.
+        jobs: Threads that read, fold and write.
+        reversible: With each weight file one is written that undoes it.
+    """
+    roots = (plan.base.root, *(a.root for a in plan.adapters))
+    reading = jobs * _REMOTE_READ if any(isinstance(r, RemotePath) for r in roots) else 0
+    files = OPEN_SHARDS * (len(course.variants) + reversible)
+    return reading + (files * _REMOTE_WRITE if isinstance(output, RemotePath) else 0)
 
 
 def usable_cores() -> int:

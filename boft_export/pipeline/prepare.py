@@ -173,7 +173,7 @@ def fit_memory(
     place = parse_path(output)
     while True:
         try:
-            remote = remote_bytes(plan, course, place, jobs)
+            remote = remote_bytes(plan, course, place, jobs, reversible=is_reversible(options))
             memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside + remote)
             return Prepared(plan, course, place, memory, jobs)
         except ResourceError:

@@ -12,9 +12,11 @@ from typing import Any
 
 from boft_export import native
 from boft_export.checkpoint import Staging, free_bytes, open_staging
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.remote import AnyPath, file_state
 from boft_export.checkpoint.staging import file_system_errors
+from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.errors import (
+    AccessError,
     CheckFailedError,
     DamagedFileError,
     InputError,
@@ -208,7 +210,8 @@ def _carry_out(
         "kernel": native.arithmetic() if native_folds(devices[0], options.compute_dtype) else "torch",
         **verb.settings,
     }
-    fingerprint = _fingerprint(plan, course, settings)
+    further = _further_files(plan, verb)
+    fingerprint = _fingerprint(plan, course, settings, further)
     # A card that can't be made must not cost the work of a run.
     card = card_metadata(plan)
     staging = open_staging(target, fingerprint, resume=options.resume, overwrite=options.overwrite)
@@ -225,7 +228,6 @@ def _carry_out(
             records=verb.records,
         )
         done = run_it(plan, course, staging, engine)
-        _check_inputs(plan, course, fingerprint, settings)
         manifests = []
         lost: list[Notice] = []
         for written in done.outputs:
@@ -239,6 +241,7 @@ def _carry_out(
             manifests.append(made)
             text = verb.card(told, card, asked)
             _write_side_files(plan, staging, written, dump(manifests[-1]), text)
+        _check_inputs(plan, course, fingerprint, settings, further)
         plan = replace(plan, notices=(*plan.notices, *lost))
         staging.publish()
     except (InputError, CheckFailedError):
@@ -260,14 +263,31 @@ def _carry_out(
     return Finished(target, plan, course, done.outputs, tuple(manifests), done.resumed)
 
 
-def _fingerprint(plan: FoldPlan, course: Course, settings: dict[str, Any]) -> str:
+def _further_files(plan: FoldPlan, verb: Verb) -> dict[str, AnyPath]:
+    """Return what is read besides the inputs that a manifest names: side files, a base, and records that undo."""
+    sources = [o.ref.source for t in plan.tensors for o in t.origins]
+    paths: list[AnyPath] = [s.path for s in sources if isinstance(s, BytesInFile)]
+    paths += [r.path for r in verb.records.values() if r.name is not None]
+    paths += [f.source for f in plan.side_files if f.source is not None]
+    named = set(plan.input_files().values())
+    return {str(p.resolve()): p for p in dict.fromkeys(paths) if p not in named}
+
+
+def _fingerprint(plan: FoldPlan, course: Course, settings: dict[str, Any], further: Mapping[str, AnyPath]) -> str:
     outputs = [(v.folder, v.strength.alphas, dict(v.strength.own)) for v in course.variants]
-    return plan.fingerprint({**settings, "version": __version__, "path": course.path.value, "outputs": outputs})
+    try:
+        states = {n: file_state(p) for n, p in further.items()}
+    except OSError as error:
+        raise AccessError(f"cannot read {error.filename}: {error.strerror or error}.") from error
+    told = {**settings, "version": __version__, "path": course.path.value, "outputs": outputs, "further": states}
+    return plan.fingerprint(told)
 
 
-def _check_inputs(plan: FoldPlan, course: Course, fingerprint: str, settings: dict[str, Any]) -> None:
+def _check_inputs(
+    plan: FoldPlan, course: Course, fingerprint: str, settings: dict[str, Any], further: Mapping[str, AnyPath]
+) -> None:
     """Fail where an input was written to during the run: what was read of it may be of two minds."""
-    if _fingerprint(plan, course, settings) != fingerprint:
+    if _fingerprint(plan, course, settings, further) != fingerprint:
         raise DamagedFileError("an input file changed while it was read.", hint="Run again once nothing writes to it.")
 
 
