@@ -26,7 +26,7 @@ from torch import Tensor
 
 from boft_export.checkpoint import (
     Checkpoint,
-    Staging,
+    LocalStaging,
     TensorRef,
     check_output,
     free_bytes,
@@ -653,7 +653,7 @@ def test_a_folder_without_weights_says_what_it_is(tmp_path):
 # Staging
 
 
-def finish(staging: Staging, name: str, content: bytes = b"abc") -> None:
+def finish(staging: LocalStaging, name: str, content: bytes = b"abc") -> None:
     with staging.write(name) as file:
         file.write(content)
     staging.record(name, {"sha256": content.decode()})
@@ -665,7 +665,7 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 
 def test_the_output_appears_whole(tmp_path):
     output = tmp_path / "deep/out"
-    staging = Staging(output, "f")
+    staging = LocalStaging(output, "f")
     finish(staging, "model.safetensors")
     with staging.write("sub/side.txt") as file:
         file.write(b"side")
@@ -685,12 +685,12 @@ def test_the_output_appears_whole(tmp_path):
     ],
 )
 def test_a_failed_write_leaves_no_file(tmp_path, error, raised):
-    def fail(staging: Staging) -> None:
+    def fail(staging: LocalStaging) -> None:
         with staging.write("x") as file:
             file.write(b"half")
             raise error
 
-    staging = Staging(tmp_path / "out", "f")
+    staging = LocalStaging(tmp_path / "out", "f")
     with pytest.raises(raised):
         fail(staging)
     assert list(staging.files.iterdir()) == []
@@ -705,8 +705,8 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path, e
     if not empty:
         (output / "old").write_text("old")
         with pytest.raises(UsageError, match="out exists"):
-            Staging(output, "f")
-    staging = Staging(output, "f", overwrite=True)
+            LocalStaging(output, "f")
+    staging = LocalStaging(output, "f", overwrite=True)
     finish(staging, "new")
     assert read_tree(output) == ({} if empty else {"old": b"old"})
     staging.publish()
@@ -720,7 +720,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
         with pytest.raises(UsageError, match="is not a folder"):
             check_output(tmp_path / "out", overwrite=overwrite)
         with pytest.raises(UsageError, match="is not a folder"):
-            Staging(tmp_path / "out", "f", overwrite=overwrite)
+            LocalStaging(tmp_path / "out", "f", overwrite=overwrite)
     assert read_tree(tmp_path) == {"out": b"mine"}
     check_output(tmp_path / "other", overwrite=False)
 
@@ -728,7 +728,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
     """The output of a run that finished the files a and b, and was killed while it wrote c."""
-    staging = Staging(tmp_path / "out", "f")
+    staging = LocalStaging(tmp_path / "out", "f")
     finish(staging, "a")
     finish(staging, "sub/b", b"12345")
     (staging.files / "c.partial").write_bytes(b"half")
@@ -741,13 +741,13 @@ def journal(output: Path) -> Path:
 
 
 def resume(output: Path) -> dict[str, object]:
-    staging = Staging(output, "f", resume=True)
+    staging = LocalStaging(output, "f", resume=True)
     staging.keep()
     return {n: r["sha256"] for n, r in staging.done.items()}
 
 
 def test_resuming_takes_over_what_is_finished(killed):
-    staging = Staging(killed, "f", resume=True)
+    staging = LocalStaging(killed, "f", resume=True)
     assert {n: r["sha256"] for n, r in staging.done.items()} == {"a": "abc", "sub/b": "12345"}
     assert not staging.discarded
     finish(staging, "c")
@@ -781,7 +781,7 @@ def test_a_line_cut_short_counts_as_not_written(killed, spoil):
     path.write_bytes(b"".join(spoil(path.read_bytes().splitlines(keepends=True))))
     taken = resume(killed)
     assert set(taken) <= {"a"}, "the file of that line is written again"
-    staging = Staging(killed, "f", resume=True)
+    staging = LocalStaging(killed, "f", resume=True)
     finish(staging, "c")
     staging.keep()
     assert resume(killed) == {**taken, "c": "abc"}, "and what is written after it counts"
@@ -796,9 +796,9 @@ def test_a_journal_without_a_beginning_is_no_journal(killed, text):
 
 def test_only_the_same_inputs_and_settings_go_on(killed):
     with pytest.raises(UsageError, match="other inputs or settings"):
-        Staging(killed, "g", resume=True)
+        LocalStaging(killed, "g", resume=True)
     assert resume(killed) == {"a": "abc", "sub/b": "12345"}, "the refusal loses nothing"
-    staging = Staging(killed, "f")
+    staging = LocalStaging(killed, "f")
     assert staging.discarded, "without --resume the run starts over, and says so"
     assert not staging.done
     assert list(staging.files.iterdir()) == []
@@ -808,14 +808,14 @@ def test_only_the_same_inputs_and_settings_go_on(killed):
 def test_two_runs_cannot_write_one_output(tmp_path):
     output = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from boft_export.checkpoint import Staging\n"
-        "staging = Staging(Path(sys.argv[1]), 'f'); print('held', flush=True); sys.stdin.read(); staging.keep()"
+        "import sys; from pathlib import Path; from boft_export.checkpoint import LocalStaging\n"
+        "staging = LocalStaging(Path(sys.argv[1]), 'f'); print('held', flush=True); sys.stdin.read(); staging.keep()"
     )
     with subprocess.Popen([sys.executable, "-c", code, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         for resume_it in (True, False):
             with pytest.raises(UsageError, match="another run is writing"):
-                Staging(output, "f", resume=resume_it)
+                LocalStaging(output, "f", resume=resume_it)
         other.communicate()
     assert other.returncode == 0
     assert resume(output) == {}, "the lock ends with its process"
@@ -1049,8 +1049,8 @@ def test_a_hub_out_of_reach_is_said(tmp_path):
 # Outputs and inputs with links
 
 
-def staged(output: Path, **options: bool) -> Staging:
-    staging = Staging(output, "f", **options)
+def staged(output: Path, **options: bool) -> LocalStaging:
+    staging = LocalStaging(output, "f", **options)
     with staging.write("new") as file:
         file.write(b"new")
     return staging
@@ -1076,7 +1076,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path, monkeypatch):
             staging.publish()
     staging.keep()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
-    again = Staging(tmp_path / "out", "f", resume=True, overwrite=True)
+    again = LocalStaging(tmp_path / "out", "f", resume=True, overwrite=True)
     assert list(again.done) == ["new"]
     again.publish()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
@@ -1111,7 +1111,7 @@ def test_the_current_folder_is_no_output(tmp_path, monkeypatch, output):
 def test_a_mount_point_is_no_output(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
     with pytest.raises(UsageError, match="mount point"):
-        Staging(tmp_path / "disk", "f")
+        LocalStaging(tmp_path / "disk", "f")
     assert not any(tmp_path.iterdir())
 
 

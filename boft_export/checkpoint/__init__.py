@@ -5,13 +5,14 @@ from boft_export.checkpoint.folder import Checkpoint, open_checkpoint, read_weig
 from boft_export.checkpoint.hub import Located, locate, wanted_weights
 from boft_export.checkpoint.layout import Shard, index_json, keep_shards, split_shards
 from boft_export.checkpoint.safetensors_file import WeightFile
-from boft_export.checkpoint.staging import Staging, check_output, free_bytes, open_staging
+from boft_export.checkpoint.staging import LocalStaging, Staging, check_output, free_bytes, open_staging
 from boft_export.checkpoint.tensors import TensorRef
 
 __all__ = [
     "DTYPE_OF_NAME",
     "FLOAT_DTYPES",
     "Checkpoint",
+    "LocalStaging",
     "Located",
     "Shard",
     "Staging",

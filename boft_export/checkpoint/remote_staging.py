@@ -28,7 +28,7 @@ _FINISH = "Finish it with --resume."
 
 
 class RemoteStaging(Staging):
-    """A folder under construction on a remote file system: as ``Staging``, but for what a store can't do.
+    """A folder under construction on a remote file system: as ``LocalStaging``, but for what a store can't do.
 
     While an existing output is replaced there is a time in which no loader sees a model there.
 
@@ -43,16 +43,12 @@ class RemoteStaging(Staging):
         AccessError: If the store can't be read or written.
     """
 
-    def __init__(  # the base class's is for a folder
-        self, output: RemotePath, fingerprint: str, *, resume: bool = False, overwrite: bool = False
-    ) -> None:
+    def __init__(self, output: RemotePath, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         output.refresh()
         check_remote_output(output, overwrite=overwrite)
-        self.output = self._target = output
+        super().__init__(output)
+        self._target = output
         self._root = _root(output)
-        self.done = {}
-        self.discarded = False
-        self.left = None
         # Some file systems show what is half written: only what is known to be whole is published.
         self._whole: set[str] = set()
         if _is_publishing(output) and not (resume or overwrite):

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -117,8 +118,42 @@ def part_of(parts: Path, name: str) -> Path:
     return parts / name.replace("%", "%25").replace("/", "%2F")
 
 
-class Staging:
-    """A folder under construction.
+class Staging(Journalled, ABC):
+    """A folder under construction, on disk or on a remote file system.
+
+    Attributes:
+        output: Where the finished folder is to appear.
+        done: What the journal has of each finished file.
+        discarded: Finished files of an earlier run were not taken over.
+        left: What could not be removed at the end, and why.
+    """
+
+    def __init__(self, output: AnyPath) -> None:
+        self.output = output
+        self.done: dict[str, Mapping[str, Any]] = {}
+        self.discarded = False
+        self.left: str | None = None
+
+    @property
+    @abstractmethod
+    def shared(self) -> Files:
+        """Where other processes put files; it can be pickled. What they finish is for this one to record."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Put the folder in its place, and forget the journal."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Remove what was written."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """Leave what was written for a later ``resume``."""
+
+
+class LocalStaging(Staging):
+    """A folder under construction on disk.
 
     Args:
         output: Where the finished folder is to appear.
@@ -127,10 +162,8 @@ class Staging:
         overwrite: Allow ``output`` to exist; it is replaced in one step at the end.
 
     Attributes:
-        output: Where the finished folder is to appear.
-        done: What the journal has of each finished file.
-        discarded: Finished files of an earlier run were not taken over.
-        left: What could not be removed at the end, and why.
+        root: The hidden folder.
+        files: What will be the output, in it.
 
     Raises:
         UsageError: If ``output`` exists, another run is writing it, or there is nothing fit to resume.
@@ -140,12 +173,9 @@ class Staging:
     def __init__(self, output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         check_output(output, overwrite=overwrite)
         self._place = output = _place(output)
-        self.output: AnyPath = output
+        super().__init__(output)
         self.root = output.parent / f".{output.name}.boft-export"
         self.files = self.root / _FILES
-        self.done: dict[str, Mapping[str, Any]] = {}
-        self.discarded = False
-        self.left: str | None = None
         self._parts = self.root.absolute() / _PARTS / uuid.uuid4().hex
         with file_system_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -289,13 +319,13 @@ def check_output(output: AnyPath, *, overwrite: bool) -> None:
 def open_staging(output: AnyPath, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> Staging:
     """Begin a folder, on disk or on a remote file system.
 
-    Args: see ``Staging``.
+    Args: see ``LocalStaging``.
 
     Raises:
-        BoftExportError: As ``Staging`` and ``RemoteStaging`` do.
+        BoftExportError: As ``LocalStaging`` and ``RemoteStaging`` do.
     """
     if not isinstance(output, RemotePath):
-        return Staging(output, fingerprint, resume=resume, overwrite=overwrite)
+        return LocalStaging(output, fingerprint, resume=resume, overwrite=overwrite)
     from boft_export.checkpoint.remote_staging import RemoteStaging
 
     return RemoteStaging(output, fingerprint, resume=resume, overwrite=overwrite)

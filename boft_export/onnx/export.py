@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, Staging
+from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, LocalStaging
 from boft_export.checkpoint.remote import local_path, parse_path
 from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
@@ -298,7 +298,7 @@ def _carry_out(
     fingerprint = plan.fingerprint(settings)
     metadata = card_metadata(plan, "onnx")
     target = local_path(ready.output, "ONNX export")
-    staging = Staging(target, fingerprint, overwrite=options.overwrite)
+    staging = LocalStaging(target, fingerprint, overwrite=options.overwrite)
     try:
         folder = staging.files / plan.base.folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from boft_export.checkpoint import Staging, free_bytes
+from boft_export.checkpoint import LocalStaging, free_bytes
 from boft_export.checkpoint.remote import local_path
 from boft_export.errors import InputError, Level, Notice, ResourceError
 from boft_export.models.loading import model_errors
@@ -36,7 +36,7 @@ class Job:
     course: Course
     engine: Engine
     folder: Path
-    staging: Staging
+    staging: LocalStaging
     options: ExportOptions
 
 
@@ -188,7 +188,7 @@ def _lay_out(
     return places, graphs, layout
 
 
-def _check_disk(nbytes: int, plan: FoldPlan, staging: Staging) -> None:
+def _check_disk(nbytes: int, plan: FoldPlan, staging: LocalStaging) -> None:
     needed = nbytes + sum(f.source.stat().st_size for f in plan.side_files if f.source is not None)
     free = free_bytes(staging.root)
     if needed > free:
