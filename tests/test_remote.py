@@ -212,6 +212,7 @@ def test_password_in_a_url(base: Path, adapter: Path) -> None:
     assert "password" in done.stderr
     assert "secret" not in done.stderr + done.stdout
     assert parse_path("az://container@account.dfs.core.windows.net/x:y@z").name == "x:y@z"
+    assert parse_path("github://org:name@main/x").name == "x"
 
 
 def test_threads_share_a_file_system_only_where_they_can(bucket: str) -> None:

@@ -344,6 +344,21 @@ def test_no_model_is_published_by_one_that_lost_its_lock_meanwhile(
     assert set(files(output)) == {"model.safetensors"}
 
 
+def test_an_output_that_appears_before_the_lock_is_taken(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = RemotePath(f"{bucket}/out")
+    take = remote_lock.RemoteLock._take
+
+    def late(lock: remote_lock.RemoteLock) -> None:
+        fsspec.filesystem("s3").pipe_file(f"{output}/config.json", b"other's")
+        take(lock)
+
+    monkeypatch.setattr(remote_lock.RemoteLock, "_take", late)
+    with pytest.raises(UsageError, match="out exists"):
+        open_staging(output, "f")
+    assert files(output) == {"config.json": b"other's"}
+    assert not content(hidden(output.url))
+
+
 def test_a_forked_process_does_nothing_to_the_lock(bucket: str) -> None:
     output = RemotePath(f"{bucket}/out")
     staging = open_staging(output, "f")

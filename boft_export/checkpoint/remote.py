@@ -348,8 +348,8 @@ def parse_path(ref: str | os.PathLike[str]) -> AnyPath:
     if match is None:
         return Path(text)
     scheme = _ALIASES.get(match["scheme"].lower(), match["scheme"].lower())
-    if _PASSWORD.match(match["place"]):
-        # It would be in messages, in the manifest, and in shells' histories.
+    # It would be in messages and in the manifest. On GitHub it is an organisation, a repository and a branch.
+    if _PASSWORD.match(match["place"]) and scheme != "github":
         raise UsageError(
             f"a {scheme}:// URL holds a password.",
             hint="Leave it out, and put it into fsspec's configuration, or where the store looks for credentials.",

@@ -58,6 +58,9 @@ class RemoteStaging(Staging):
             )
         self._held = RemoteLock(self._root / "lock.json", output)
         try:
+            # Another run may have ended since.
+            output.refresh()
+            check_remote_output(output, overwrite=overwrite)
             self._is_partial = _is_publishing(output)
             previous = read_json(self._root / "begun.json")
             if previous is not None and resume and previous.get("fingerprint") != fingerprint:
