@@ -66,6 +66,7 @@ def test_dry_run_and_inspect_read_no_weights_and_load_no_torch(base: Path, adapt
         assert len(starts) <= 6
         assert set(starts) == {0, 8}
         assert len(requests) < 50, len(requests)
+        assert "free" not in done.stdout
     assert not content(f"{bucket}/out")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, overload
 
 from boft_export.checkpoint.remote import AnyPath, RemotePath
 from boft_export.errors import AccessError, ResourceError, UsageError
@@ -331,10 +331,18 @@ def open_staging(output: AnyPath, fingerprint: str, *, resume: bool = False, ove
     return RemoteStaging(output, fingerprint, resume=resume, overwrite=overwrite)
 
 
-def free_bytes(folder: AnyPath) -> int:
-    """Return the free space where ``folder`` is, or will be; a store has no end."""
+@overload
+def free_bytes(folder: Path) -> int: ...
+
+
+@overload
+def free_bytes(folder: AnyPath) -> int | None: ...
+
+
+def free_bytes(folder: AnyPath) -> int | None:
+    """Return the free space where ``folder`` is, or will be; None of a store, which has no end."""
     if isinstance(folder, RemotePath):
-        return sys.maxsize
+        return None
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -145,7 +145,7 @@ def command(
         with out.progress("interpolating") as progress:
             result = interpolate(base, adapters, output, **asked, **vars(replace(options, progress=progress)))
         seconds = time.monotonic() - started
-        out.published = str(output)
+        out.published = output
         out.notices(result.plan.notices)
         # A script may do anything to this process, so it comes after what is measured here.
         report = _measure(out, result) if path_report is not None else None

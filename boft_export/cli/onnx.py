@@ -11,7 +11,7 @@ import typer
 
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
-from boft_export.cli.result import show_changes
+from boft_export.cli.result import free_space, show_changes
 from boft_export.cli.run import reported
 from boft_export.linalg.path import InterpolationPath
 from boft_export.onnx.variant import Exporter, Optimize, Quantize
@@ -172,7 +172,7 @@ def _write_nothing(out: Output, model: str, adapters: Sequence[str], output: str
     layers = f"{document['layers']['applied']} of {document['layers']['expected']} adapter layers"
     out.line(
         f"would export for {task.name} with {layers}: read {format_size(document['bytes_to_read'])}, write at most "
-        f"{format_size(document['bytes_to_write'])} ({format_size(document['disk_free'])} free)",
+        f"{format_size(document['bytes_to_write'])}{free_space(document)}",
         "bold",
     )
 

@@ -51,10 +51,17 @@ def write_nothing(
     files = len(document["shards"]) * len(document["outputs"])
     out.line(
         f"would apply {_layers(document)}: read {format_size(document['bytes_to_read'])}, write "
-        f"{format_size(document['bytes_to_write'])} in {files} files "
-        f"({format_size(document['disk_free'])} free), memory at most {format_size(document['memory'])}",
+        f"{format_size(document['bytes_to_write'])} in {files} files{free_space(document)}, memory at most "
+        f"{format_size(document['memory'])}",
         "bold",
     )
+
+
+def free_space(document: Mapping[str, Any]) -> str:
+    """Return what to say of the free space where an output goes; of a store nothing."""
+    from boft_export.planning.sizes import format_size
+
+    return "" if document["disk_free"] is None else f" ({format_size(document['disk_free'])} free)"
 
 
 def check_engine(plan: FoldPlan, options: RunOptions) -> None:

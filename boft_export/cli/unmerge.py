@@ -11,7 +11,7 @@ import typer
 
 from boft_export.cli import options as opt
 from boft_export.cli.output import Output
-from boft_export.cli.result import check_engine
+from boft_export.cli.result import check_engine, free_space
 from boft_export.cli.run import reported
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def _write_nothing(
     _table(out, document["tensors"])
     out.line(
         f"would undo {_layers(document)}: read {format_size(document['bytes_to_read'])}, write "
-        f"{format_size(document['bytes_to_write'])} in {len(document['shards'])} files "
-        f"({format_size(document['disk_free'])} free), memory at most {format_size(document['memory'])}",
+        f"{format_size(document['bytes_to_write'])} in {len(document['shards'])} files{free_space(document)}, "
+        f"memory at most {format_size(document['memory'])}",
         "bold",
     )
 

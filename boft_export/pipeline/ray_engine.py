@@ -397,7 +397,7 @@ def check_request(plan: FoldPlan, options: RunOptions) -> None:
             )
 
 
-def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions, memory: int = 0) -> None:
+def check_cluster(plan: FoldPlan, jobs: int, device: str, options: RunOptions, memory: int) -> None:
     """See that the cluster that this process is connected to can do what is planned.
 
     Args:

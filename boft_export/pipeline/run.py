@@ -167,7 +167,7 @@ def _engine_of(options: RunOptions, ready: Prepared, device: Device) -> Iterator
     from boft_export.pipeline.ray_engine import check_cluster, connected, run_on_ray
 
     with connected(options.ray_address):
-        check_cluster(ready.plan, ready.jobs, device.type, options)
+        check_cluster(ready.plan, ready.jobs, device.type, options, ready.memory.peak)
         yield partial(run_on_ray, options=options)
 
 
@@ -299,7 +299,7 @@ def _check_disk(plan: FoldPlan, course: Course, staging: Staging, *, reversible:
     if reversible:
         needed += needed // _CORRECTIONS + sum(t.base.nbytes for t in plan.tensors if t.base not in (None, t.source))
     free = free_bytes(staging.output)
-    if needed > free:
+    if free is not None and needed > free:
         raise ResourceError(
             f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
             hint="Free some space, or choose another -o.",

@@ -21,7 +21,7 @@ AGREEMENT_COLUMNS = (
 )
 
 
-def export_plan_document(plan: FoldPlan, task: str, output: str, memory: int, free_disk: int) -> dict[str, Any]:
+def export_plan_document(plan: FoldPlan, task: str, output: str, memory: int, free_disk: int | None) -> dict[str, Any]:
     """Return what ``--dry-run`` tells."""
     return {
         "schema_version": SCHEMA_VERSION,

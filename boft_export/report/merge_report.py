@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def plan_document(plan: FoldPlan, course: Course, output: str, memory: int, free_disk: int) -> dict[str, Any]:
+def plan_document(plan: FoldPlan, course: Course, output: str, memory: int, free_disk: int | None) -> dict[str, Any]:
     """Return what ``--dry-run`` tells: bytes, disk and memory needed, and how each layer will be folded."""
     outputs = [
         {"alpha": list(v.strength.alphas), "label": v.strength.label, "folder": v.path_below(output)}
