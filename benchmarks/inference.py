@@ -24,6 +24,7 @@ from peft import PeftModel
 from precision import convert, minilm, write_adapter
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "minilm"))
 from peft_cpu import enable_butterflies_on_cpu
@@ -97,6 +98,7 @@ def compare(name: str, factors: int, models: dict[str, Any], work: Callable[[Any
 
 def main() -> None:
     """Measure both models and print a table."""
+    logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-300m", help="of the Llama, one of those in synthetic.py")
     parser.add_argument("--gigabytes", type=float, default=0.75, help="of the Llama in bfloat16")

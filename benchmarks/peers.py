@@ -2,8 +2,8 @@
 
 A Llama of random bfloat16 weights that fits into memory several times over, adapters of one and of two butterfly
 factors. Each is a process of its own and they take turns; figures are medians. What a model of 7 billion weights would
-take is computed, never measured: PEFT's time from its dense products, at the rate seen here, and its memory from the
-matrices that it holds; ours in proportion to the bytes. ``layer.py`` measures the fold of a layer alone.
+take PEFT is computed, never measured: its time from its dense products, at the rate seen here, and its memory from the
+matrices that it holds. ``layer.py`` measures the fold of a layer alone.
 
 mergekit runs in an environment of its own (.ci/setup-mergekit); without one it is left out.
 """
@@ -141,28 +141,21 @@ def measure_case(
 
 
 def extrapolated(cases: list[Case]) -> list[dict[str, object]]:
-    """Return what Llama-2-7B would take by the smallest and the largest case: what a process starts with is in both."""
+    """Return what Llama-2-7B would take PEFT, by the line through the smallest and the largest case.
+
+    What a process starts with is in both. What it takes us is measured by ``merge.py``.
+    """
     small, last = cases[0], cases[-1]
     m, targets = last.factors, last.targets
-    large = LARGE[targets] * LARGE_LAYERS
-
-    def line(of: Callable[[Case], tuple[float, float]], at: float) -> float:
-        (x0, y0), (x1, y1) = of(small), of(last)
-        return y1 + (at - x1) * (y1 - y0) / (x1 - x0) if x1 > x0 else y1 * at / x1
-
-    ours = line(lambda c: (c.size, c.runs[OURS].seconds), LARGE_GB)
-    peft = line(lambda c: (peft_flops(c.folded, m), c.runs[PEFT].seconds), peft_flops(large, m))
+    large = peft_flops(LARGE[targets] * LARGE_LAYERS, m)
+    (x0, y0), (x1, y1) = ((peft_flops(c.folded, m), c.runs[PEFT].seconds) for c in (small, last))
+    seconds = y1 + (large - x1) * (y1 - y0) / (x1 - x0) if x1 > x0 else y1 * large / x1
     # What its matrices leave unexplained here is the base, once, and the libraries.
     rest = last.runs[PEFT].peak_mb - (peft_bytes(last.folded, m) + last.size * 1e9) / 1e6
-    above, held = peft_bytes(large, m) / 1e6 + rest, last.runs[OURS].peak_mb
-    common = {"m": m, "targets": targets, "GB": LARGE_GB}
-    told = {"note": "extrapolated"}
-    return [
-        {"by": OURS, **common, "seconds": ours, "times ours": 1.0, "peak MB": held}
-        | {"above base": held, "memory": 1.0, **told},
-        {"by": PEFT, **common, "seconds": peft, "times ours": peft / ours, "peak MB": above + 1000 * LARGE_GB}
-        | {"above base": above, "memory": above / held, "note": f"extrapolated; {rest:+.0f} MB unexplained here"},
-    ]
+    above = peft_bytes(LARGE[targets] * LARGE_LAYERS, m) / 1e6 + rest
+    found = {"by": PEFT, "m": m, "targets": targets, "GB": LARGE_GB, "seconds": seconds, "times ours": None}
+    found |= {"peak MB": above + 1000 * LARGE_GB, "above base": above, "memory": None}
+    return [{**found, "note": f"extrapolated; {rest:+.0f} MB unexplained here"}]
 
 
 def main() -> None:

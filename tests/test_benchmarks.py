@@ -30,7 +30,7 @@ def test_merge_beside_a_copy(tmp_path: Path) -> None:
     rows = {row["command"]: row for row in figures["merge"]}
     assert list(rows) == ["cp", "cp && sync", "merge, qv", "2 x cp", "2 alphas, qv"]
     assert all(command in told for command in rows)
-    assert rows["merge, qv"]["of cp"] > 1
+    assert rows["cp"]["of cp"] == 1
     assert rows["2 x cp"]["GB read"] == pytest.approx(2 * rows["cp"]["GB"], rel=0.2)
     # The base of 0.02 GB is read once for both outputs; the rest is Python and its libraries, here torch as well.
     assert rows["2 alphas, qv"]["GB read"] < rows["merge, qv"]["GB read"] + 0.03
@@ -43,7 +43,7 @@ def test_merge_beside_peers(tmp_path: Path) -> None:
     assert ("mergekit is left out" in told) is not here
     measured, large = [r for r in figures["peers"] if r["GB"] < 1], [r for r in figures["peers"] if r["GB"] > 1]
     assert [r["by"] for r in measured] == ["boft-export", "PEFT", *(["mergekit"] if here else [])]
-    assert all("extrapolated" in r["note"] for r in large)
+    assert [(r["by"], r["note"][:12]) for r in large] == [("PEFT", "extrapolated")]
 
 
 def test_a_layer_alone(tmp_path: Path) -> None:
