@@ -14,6 +14,7 @@ setup(
             ["boft_export/native/_fold.c"],
             depends=["boft_export/native/kernel.h"],
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-Wno-psabi"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE else [],
             py_limited_api=STABLE,
             # Where there is no compiler, installing goes on without: torch serves.
             optional=True,

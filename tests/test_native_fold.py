@@ -25,7 +25,8 @@ from boft_export.pipeline.one_torch_thread import OneTorchThread
 
 IN = 16
 ATTENTION = "model.layers.0.self_attn"
-Merge = Callable[..., Path]
+
+pytestmark = pytest.mark.skipif(native.instruction_set() is None, reason="there is no compiled kernel")
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -194,6 +195,42 @@ def test_torch_has_its_threads_again_when_all_have_left():
             with one:
                 assert torch.get_num_threads() == 1
             assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_has_its_threads_again_whoever_of_several_leaves_last():
+    one = OneTorchThread()
+    found, before = [], torch.get_num_threads()
+    steps = [threading.Event() for _ in range(4)]
+
+    def first():
+        with one:
+            steps[0].set()
+            steps[1].wait()
+        steps[2].set()
+        steps[3].wait()
+        # It was not the last to leave, and now it is the first to come.
+        with one:
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+
+    def second():
+        steps[0].wait()
+        with one:
+            steps[1].set()
+            steps[2].wait()
+        steps[3].set()
+
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as pool:
+            for done in (pool.submit(first), pool.submit(second)):
+                done.result()
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(torch.get_num_threads).result())
+        assert found == [1, 3, 3]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

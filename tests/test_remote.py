@@ -212,6 +212,8 @@ def test_password_in_a_url(base: Path, adapter: Path) -> None:
     assert done.exit_code == 2
     assert "password" in done.stderr
     assert "secret" not in done.stderr + done.stdout
+    with pytest.raises(UsageError, match="password"):
+        parse_path("zip://a::s3://me:secret@b/c")
     assert parse_path("az://container@account.dfs.core.windows.net/x:y@z").name == "x:y@z"
     assert parse_path("github://org:name@main/x").name == "x"
 

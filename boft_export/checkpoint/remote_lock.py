@@ -41,7 +41,7 @@ class RemoteLock:
         self._output = output
         self._lost = False
         self._take()
-        self._stop = threading.Event()
+        self._end = threading.Event()
         # A daemon: a run that ends without a word must not be kept alive by its lock.
         self._thread = threading.Thread(target=self._renew, name="boft-export lock", daemon=True)
         self._thread.start()
@@ -73,10 +73,21 @@ class RemoteLock:
         Raises:
             AccessError: If the store can't be asked.
         """
-        self._stop.set()
-        self._thread.join()
+        self.stop()
         if self.is_held():
             remove(self.path.parent, [self.path.key])
+
+    def abandon(self) -> None:
+        """Give the lock back where it can't be removed: it is nobody's then, or ends by itself."""
+        self.stop()
+        with contextlib.suppress(AccessError):
+            if self.is_held():
+                put_json(self.path, {})
+
+    def stop(self) -> None:
+        """Renew the lock no more."""
+        self._end.set()
+        self._thread.join()
 
     def _take(self) -> None:
         held = read_json(self.path)
@@ -99,7 +110,7 @@ class RemoteLock:
 
     def _renew(self) -> None:
         """Renew the lock until it is released, or another run's."""
-        while not self._stop.wait(_LIFE / 10):
+        while not self._end.wait(_LIFE / 10):
             # A store that can't be reached may be there the next time; whoever has to know asks it by himself.
             with contextlib.suppress(AccessError):
                 if not self.is_held():

@@ -47,6 +47,7 @@ class RemoteStaging(Staging):
         output.refresh()
         check_remote_output(output, overwrite=overwrite)
         super().__init__(output)
+        self._overwrite = overwrite
         self._target = output
         self._root = _root(output)
         # Some file systems show what is half written: only what is known to be whole is published.
@@ -135,6 +136,9 @@ class RemoteStaging(Staging):
     def publish(self) -> None:
         """Have the store put all files in their places, those first that no loader begins with."""
         self._held.check(anew=True)
+        # Something may have come to lie there since.
+        self._target.refresh()
+        check_remote_output(self._target, overwrite=self._overwrite)
         self._is_partial = True
         cut = f"publishing {self._target} was cut short"
         try:
@@ -162,6 +166,8 @@ class RemoteStaging(Staging):
             self._held.check()
             self._copy(name)
         wanted = {(self._target / n).key for n in new}
+        # The list is as old as the copying took: what a successor has published since is not for this run to remove.
+        self._held.check(anew=True)
         remove(self._target, (k for k in old if not _rank(k) and k not in wanted))
         self._check(first, made)
         for name in new[len(first) :]:
@@ -194,11 +200,14 @@ class RemoteStaging(Staging):
             self._held.release()
         except AccessError as error:
             self.left = f"{self._root} could not be removed: {error.message}"
+            self._held.abandon()
 
     def keep(self) -> None:
         """Leave what was written for a later ``resume``."""
-        with contextlib.suppress(AccessError):
+        try:
             self._held.release()
+        except AccessError:
+            self._held.abandon()
 
 
 @dataclass(frozen=True)

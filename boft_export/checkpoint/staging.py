@@ -91,8 +91,8 @@ class SharedFiles:
     """The files of a folder under construction, for other processes, also on other machines; it can be pickled.
 
     Several may write the same file at once, as where one was given up that still runs: each has its own until it is
-    complete, and none of these is ever published. What is complete lies in a folder of the one run, which removes it
-    when it is over: what still runs then has nowhere to put what it wrote.
+    complete, and none of these is ever published. What is complete lies in a folder of the one run; the end of that, or
+    the next one, removes it: what still runs then has nowhere to put what it wrote.
 
     Attributes:
         parts: The run's folder.
@@ -173,6 +173,7 @@ class LocalStaging(Staging):
     def __init__(self, output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         check_output(output, overwrite=overwrite)
         self._place = output = _place(output)
+        self._overwrite = overwrite
         super().__init__(output)
         self.root = output.parent / f".{output.name}.boft-export"
         self.files = self.root / _FILES
@@ -263,7 +264,12 @@ class LocalStaging(Staging):
         return SharedFiles(self._parts)
 
     def publish(self) -> None:
-        """Put the folder in its place in one step, and forget the journal."""
+        """Put the folder in its place in one step, and forget the journal.
+
+        Raises:
+            UsageError: If something has come to lie there that may not be replaced.
+        """
+        check_output(self._place, overwrite=self._overwrite)
         with file_system_errors(self._place):
             for folder in [p for p in self.files.rglob("*") if p.is_dir()] + [self.files]:
                 _sync_folder(folder)

@@ -4,9 +4,6 @@
  * checks them.
  */
 #define PY_SSIZE_T_CLEAN
-#ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030B0000
-#endif
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>

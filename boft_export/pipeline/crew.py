@@ -74,21 +74,25 @@ class Crew(Generic[T]):
         self._running = size
         self.failure: BaseException | None = None
         self._threads = [threading.Thread(target=self._run, name=f"crew-{i}", daemon=True) for i in range(size)]
-        started = 0
+
+    def start(self) -> None:
+        """Begin.
+
+        Raises:
+            RuntimeError: If the system allows no more threads; those that were started have ended.
+        """
         try:
             for thread in self._threads:
                 thread.start()
-                started += 1
         except BaseException:
-            # Such as where the system allows no more threads.
-            del self._threads[started:]
             self.close()
             raise
 
     def join(self) -> None:
         """Wait until all is done, or something failed and every thread has ended."""
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def close(self) -> None:
         """Let each thread end after what it is at, and wait for that."""

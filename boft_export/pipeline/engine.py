@@ -220,6 +220,7 @@ def _pieces(
         works.make(admitted, lambda pieces, done: made.put(number, (pieces[0], done)))
 
     crew = Crew(works.engine.jobs, tasks(), do, made.close, works.stop)
+    crew.start()
     try:
         chunks = enumerate(listed())
         following = next(chunks, None)

@@ -41,6 +41,15 @@ class InputHashes:
             digest.update(data)
             self._state[path] = (digest, position + len(data))
 
+    def advance(self, path: AnyPath, stop: int) -> None:
+        """Read what has not passed yet of the first ``stop`` bytes of ``path``.
+
+        Raises:
+            DamagedFileError: If the file ends early.
+            AccessError: If it can't be read.
+        """
+        self._advance(path, stop)
+
     def _advance(self, path: AnyPath, stop: int, *, passing: bool = False) -> None:
         digest, position = self._state[path]
         while position < stop and not (passing and self._stopped):

@@ -57,6 +57,8 @@ _RETRIES = 3
 _POLL = 0.2
 _WORD = 0.1
 _STOP = 5.0
+# And for a cluster to answer at all.
+_CONNECT = 5.0
 # Seconds that a task waits for the first answer, which tells whether the run is still on.
 _FIRST = 1.0
 # Seconds after which it is said that nothing was heard of any worker.
@@ -252,8 +254,7 @@ def _write(job: _Job, number: int, hashes: InputHashes, finished: _Finished, wor
 def _digest(path: AnyPath, hashes: InputHashes, words: _Words) -> None:
     """Have what has not passed of a file digested, as long as the run is on."""
     for stop in range(_DIGEST_PIECE, path.stat().st_size, _DIGEST_PIECE):
-        # To go on there, all that lies before is read.
-        hashes.feed(path, stop, memoryview(b""))
+        hashes.advance(path, stop)
         words.say(0, "")
 
 
@@ -378,7 +379,7 @@ def _check_reached(place: str) -> None:
     """
     host, _, port = place.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), _STOP).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT).close()
 
 
 def check_request(plan: FoldPlan, options: RunOptions) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import IO, Any
 
 from boft_export import native
 from boft_export.checkpoint import Staging, free_bytes, open_staging
 from boft_export.checkpoint.remote import AnyPath, file_state
-from boft_export.checkpoint.staging import file_system_errors
 from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.errors import (
     AccessError,
@@ -35,7 +35,7 @@ from boft_export.pipeline.options import RunOptions
 from boft_export.pipeline.prepare import Prepared, is_reversible, prepare
 from boft_export.pipeline.recorded import MANIFEST_NAME, RecordedFile
 from boft_export.pipeline.undo import UndoTensor
-from boft_export.planning import Action, FoldPlan
+from boft_export.planning import Action, FoldPlan, SideFile
 from boft_export.planning.inputs import Ref
 from boft_export.planning.sizes import parse_size
 from boft_export.planning.strength import Course, Interpolation, Strength
@@ -349,12 +349,18 @@ def check_effect(_: object, written: OutputResult, untrained: Collection[tuple[i
 def _write_side_files(plan: FoldPlan, staging: Staging, written: OutputResult, manifest_text: str, card: str) -> None:
     path = written.variant.path
     for side in plan.side_files:
-        with staging.write(path(str(side.name))) as file:
-            if side.source is not None:
-                with file_system_errors(side.source), side.source.open("rb") as source:
-                    shutil.copyfileobj(source, file)
-            else:
-                file.write((side.text or "").encode())
+        with _content(side) as source, staging.write(path(str(side.name))) as file:
+            shutil.copyfileobj(source, file)
     for name, text in ((MANIFEST_NAME, manifest_text), ("README.md", card)):
         with staging.write(path(name)) as file:
             file.write(text.encode())
+
+
+def _content(side: SideFile) -> IO[bytes]:
+    """Open what a side file is to hold."""
+    if side.source is None:
+        return io.BytesIO((side.text or "").encode())
+    try:
+        return side.source.open("rb")
+    except OSError as error:
+        raise AccessError(f"cannot read {side.source}: {error.strerror or error}.") from error

@@ -79,11 +79,11 @@ class Writing:
         """Begin, and return what happens, as it happens, until nothing more does."""
         # Flushing a file is waiting for the disk.
         self._closer = ThreadPoolExecutor(1, "flush")
+        self._crew = Crew(self._works.engine.jobs, self._tasks(), self._do, lambda: self._news.put(None), self._stop)
         try:
-            self._crew = Crew(
-                self._works.engine.jobs, self._tasks(), self._do, lambda: self._news.put(None), self._stop
-            )
+            self._crew.start()
         except BaseException:
+            self._crew.close()
             self._leave()
             raise
         return iter(self._news.get, None)
