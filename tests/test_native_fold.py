@@ -17,7 +17,8 @@ from torch import Tensor
 
 import boft_export
 from boft_export import native
-from boft_export.errors import UsageError
+from boft_export.checkpoint import LocalStaging
+from boft_export.errors import AccessError, UsageError
 from boft_export.linalg.spectrum import Spectrum
 from boft_export.pipeline.kept import Kept
 from boft_export.pipeline.memory import OPEN_SHARDS
@@ -274,6 +275,24 @@ def test_a_thread_that_cannot_start_fails_the_run_and_leaves_none_behind(tmp_pat
     assert not (tmp_path / "out").exists()
     boft_export.merge(base, adapter, tmp_path / "out", jobs=2)
     assert len(load_file(tmp_path / "out" / "model-00001-of-00004.safetensors")) == 1
+
+
+def test_a_file_that_fails_while_threads_are_still_starting_fails_the_run(tmp_path, monkeypatch):
+    base, adapter = many_files(tmp_path, 4)
+    start = threading.Thread.start
+
+    def late(thread):
+        if thread.name == "crew-1":
+            time.sleep(0.3)
+        start(thread)
+
+    def refuse(*_):
+        raise AccessError("cannot write the journal.")
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    monkeypatch.setattr(LocalStaging, "record", refuse)
+    with pytest.raises(AccessError, match="journal"):
+        boft_export.merge(base, adapter, tmp_path / "out", jobs=2)
 
 
 def test_subnormals_are_kept_where_torch_was_told_to_flush_them():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import boft_export
 from boft_export.onnx.external_data import DataFile
-from boft_export.pipeline.memory import ByteBudget
+from boft_export.pipeline.memory import Budget
 
 ROOT = Path(__file__).parents[1]
 
@@ -568,7 +568,7 @@ def test_kill_before_every_step_on_the_file_system(tmp_path: Path, *, replace: b
 
 
 def test_budget_holds_whoever_would_exceed_it() -> None:
-    budget = ByteBudget(100)
+    budget = Budget(100)
     out = 0
     most = 0
     lock = threading.Lock()
@@ -595,7 +595,7 @@ def test_budget_holds_whoever_would_exceed_it() -> None:
     assert 0 < most <= budget.peak <= 100
 
 
-def acquired(budget: ByteBudget, size: int) -> tuple[threading.Thread, list[bool]]:
+def acquired(budget: Budget, size: int) -> tuple[threading.Thread, list[bool]]:
     """Start a thread that asks for ``size`` bytes, and return it with the list that gets the answer."""
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(budget.acquire(size)), daemon=True)
@@ -604,7 +604,7 @@ def acquired(budget: ByteBudget, size: int) -> tuple[threading.Thread, list[bool
 
 
 def test_budget_lets_a_request_above_the_limit_go_alone() -> None:
-    budget = ByteBudget(10)
+    budget = Budget(10)
     assert budget.acquire(1)
     thread, answers = acquired(budget, 25)
     thread.join(0.05)
@@ -621,7 +621,7 @@ def test_budget_lets_a_request_above_the_limit_go_alone() -> None:
 
 
 def test_closed_budget_lets_everyone_go() -> None:
-    budget = ByteBudget(10)
+    budget = Budget(10)
     assert budget.acquire(10)
     waiting = [acquired(budget, 1) for _ in range(3)]
     for thread, answers in waiting:

@@ -92,7 +92,10 @@ MaxMemory = Annotated[
 Jobs = Annotated[
     int | None,
     typer.Option(
-        "--jobs", "-j", help="Threads that read, fold and write (default: one for each core).", rich_help_panel=_RUN
+        "--jobs",
+        "-j",
+        help="Threads that read, fold and write (default: one for each core, at most 8; of a base at a URL 8).",
+        rich_help_panel=_RUN,
     ),
 ]
 Curve = Annotated[

@@ -180,11 +180,11 @@ def default_jobs(*, remote: bool = False) -> int:
     return _MOST_JOBS if remote else max(1, min(_MOST_JOBS, usable_cores()))
 
 
-class ByteBudget:
-    """A semaphore counted in bytes.
+class Budget:
+    """A semaphore counted in bytes, or in files, that can be closed.
 
     Args:
-        limit: Bytes that may be out at once; one request larger than that waits until nothing is out.
+        limit: What may be out at once; one request larger than that waits until nothing is out.
     """
 
     def __init__(self, limit: int) -> None:
@@ -195,7 +195,7 @@ class ByteBudget:
         self.peak = 0
 
     def acquire(self, size: int) -> bool:
-        """Wait until ``size`` bytes may be taken; return False if the budget was closed meanwhile."""
+        """Wait until ``size`` may be taken; return False if the budget was closed meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._out == 0 or self._out + size <= self._limit)
             self._out += size
@@ -203,7 +203,7 @@ class ByteBudget:
             return not self._closed
 
     def release(self, size: int) -> None:
-        """Give ``size`` bytes back."""
+        """Give ``size`` back."""
         with self._changed:
             self._out -= size
             self._changed.notify_all()

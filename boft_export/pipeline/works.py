@@ -17,7 +17,7 @@ from boft_export.pipeline.chunks import Chunk, chunks
 from boft_export.pipeline.crew import Line
 from boft_export.pipeline.devices import Device
 from boft_export.pipeline.hashing import InputHashes
-from boft_export.pipeline.memory import ByteBudget
+from boft_export.pipeline.memory import Budget
 from boft_export.pipeline.workbench import Piece, Workbench
 from boft_export.planning import FoldPlan, TensorPlan
 from boft_export.planning.strength import Course
@@ -68,7 +68,7 @@ class Works:
         self.variants = course.variants
         self.layers = engine.operators(plan, course)
         self.hashes = hashes
-        self._budget = ByteBudget(engine.memory.in_flight)
+        self._budget = Budget(engine.memory.in_flight)
         self._pool = BufferPool(engine.memory.in_flight, pinned=engine.devices[0].type == "cuda")
         back = engine.operators(plan, course, back=True) if engine.way_back else None
         self._bench = Workbench(course, engine, self.layers, back, self._pool)

@@ -15,7 +15,7 @@ from boft_export.checkpoint import Shard
 from boft_export.checkpoint.staging import Journalled
 from boft_export.errors import BoftExportError
 from boft_export.pipeline.crew import Crew, Line
-from boft_export.pipeline.memory import OPEN_SHARDS, ByteBudget
+from boft_export.pipeline.memory import OPEN_SHARDS, Budget
 from boft_export.pipeline.output_file import OutputFile
 from boft_export.pipeline.undo import UndoWriter, undo_name
 from boft_export.pipeline.works import Admitted, Works
@@ -71,7 +71,7 @@ class Writing:
         self._staging = staging
         self._shards = shards
         self._open: list[_OpenShard] = []
-        self._places = ByteBudget(OPEN_SHARDS)
+        self._places = Budget(OPEN_SHARDS)
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
 
