@@ -21,7 +21,7 @@ from boft_export.checkpoint import LocalStaging
 from boft_export.errors import AccessError, UsageError
 from boft_export.linalg.spectrum import Spectrum
 from boft_export.pipeline.kept import Kept
-from boft_export.pipeline.memory import OPEN_SHARDS
+from boft_export.pipeline.memory import open_shards, shards_in_turn
 from boft_export.pipeline.one_torch_thread import OneTorchThread
 
 IN = 16
@@ -243,7 +243,8 @@ def many_files(tmp_path: Path, count: int) -> tuple[Path, Path]:
     return write_checkpoint(tmp_path / "base", tensors, shards=count), write_adapter(tmp_path / "adapter", layers)
 
 
-def test_few_files_are_open_at_once_however_slow_the_disk_is(tmp_path, monkeypatch):
+@pytest.mark.parametrize("jobs", [1, 2, 8, 16])
+def test_few_files_are_open_at_once_however_slow_the_disk_is(tmp_path, monkeypatch, jobs):
     base, adapter = many_files(tmp_path, 12)
     fsync, most = os.fsync, []
 
@@ -253,8 +254,8 @@ def test_few_files_are_open_at_once_however_slow_the_disk_is(tmp_path, monkeypat
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
-    boft_export.merge(base, adapter, tmp_path / "out", jobs=2)
-    assert 1 <= max(most) <= OPEN_SHARDS
+    boft_export.merge(base, adapter, tmp_path / "out", jobs=jobs)
+    assert shards_in_turn(jobs) <= max(most) <= open_shards(jobs)
 
 
 def test_a_thread_that_cannot_start_fails_the_run_and_leaves_none_behind(tmp_path, monkeypatch):

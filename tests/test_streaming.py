@@ -140,7 +140,7 @@ def smallest_memory(base: Path, adapter: Path, output: Path, *, jobs: int) -> in
 
 @pytest.mark.parametrize(
     ("jobs", "spare"),
-    [(1, None), (2, None), (3, None), (1, 0), (3, 1), (2, 3 << 20), (1, 9 << 20), (3, 17 << 20), (2, 80 << 20)],
+    [(1, None), (2, None), (3, None), (1, 0), (3, 1), (2, 3 << 20), (1, 9 << 20), (3, 17 << 20), (8, 0), (8, None)],
 )
 def test_same_bytes(job: Job, tmp_path: Path, jobs: int, spare: int | None) -> None:
     """The memory decides how much is read at once, the jobs how many runs of elements are in work at a time."""
@@ -655,7 +655,7 @@ with open("/proc/self/status") as status:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory was used")
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("jobs", [1, 3, 8])
 def test_memory_stays_below_the_limit(job: Job, tmp_path: Path, jobs: int) -> None:
     least = smallest_memory(job.base, job.adapter, tmp_path / "out", jobs=jobs)
     status, errors = run(

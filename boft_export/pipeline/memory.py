@@ -28,9 +28,9 @@ REMOTE_CHUNK_BYTES = 8 << 20
 # What is held of ranges on their way from a store, for each thread, and of parts on their way to one, for each file.
 _REMOTE_READ = RANGES * RANGE_BYTES
 _REMOTE_WRITE = 3 * PART_BYTES
-# Weight files of an output that are open at once: the next is begun before the last pieces of the one before are
-# written and flushed.
-OPEN_SHARDS = 2
+# Threads that one weight file keeps busy: two digest its bytes, as they are read and as they are written, each as fast as
+# one core can, and all else takes as long again (docs/speed.md).
+_JOBS_PER_SHARD = 4
 DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
 # Tiles in float64 that are alive at once while one is folded, measured, and rounded.
@@ -161,8 +161,18 @@ def remote_bytes(plan: FoldPlan, course: Course, output: AnyPath, jobs: int, *, 
     """
     roots = (plan.base.root, *(a.root for a in plan.adapters))
     reading = jobs * _REMOTE_READ if any(isinstance(r, RemotePath) for r in roots) else 0
-    files = OPEN_SHARDS * (len(course.variants) + reversible)
+    files = open_shards(jobs) * (len(course.variants) + reversible)
     return reading + (files * _REMOTE_WRITE if isinstance(output, RemotePath) else 0)
+
+
+def shards_in_turn(jobs: int) -> int:
+    """Return how many weight files of an output are written side by side."""
+    return -(-jobs // _JOBS_PER_SHARD)
+
+
+def open_shards(jobs: int) -> int:
+    """Return how many are open at once: one more, begun before the last pieces of another are written and flushed."""
+    return shards_in_turn(jobs) + 1
 
 
 def usable_cores() -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.staging import Journalled
 from boft_export.errors import BoftExportError
 from boft_export.pipeline.crew import Crew, Line
-from boft_export.pipeline.memory import OPEN_SHARDS, Budget
+from boft_export.pipeline.memory import Budget, open_shards, shards_in_turn
 from boft_export.pipeline.output_file import OutputFile
 from boft_export.pipeline.undo import UndoWriter, undo_name
 from boft_export.pipeline.works import Admitted, Works
@@ -71,7 +73,7 @@ class Writing:
         self._staging = staging
         self._shards = shards
         self._open: list[_OpenShard] = []
-        self._places = Budget(OPEN_SHARDS)
+        self._places = Budget(open_shards(works.engine.jobs))
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
 
@@ -121,21 +123,32 @@ class Writing:
         return failure
 
     def _stop(self) -> None:
-        self._works.stop()
         self._places.close()
+        self._works.stop()
 
     def _tasks(self) -> Iterator[_Task]:
-        for shard in self._shards:
-            if not self._places.acquire(1):
+        """Yield the chunks of a few shards in turn; where one ends, the next takes its place."""
+        waiting = iter(self._shards)
+        running = deque(map(self._chunks, islice(waiting, shards_in_turn(self._works.engine.jobs))))
+        while running:
+            chunks = running.popleft()
+            if (task := next(chunks, None)) is not None:
+                running.append(chunks)
+                yield task
+            else:
+                running.extend(map(self._chunks, islice(waiting, 1)))
+
+    def _chunks(self, shard: Shard[TensorPlan]) -> Iterator[_Task]:
+        if not self._places.acquire(1):
+            return
+        opened = self._begin(shard)
+        for chunk in self._works.chunks(shard):
+            if (admitted := self._works.admit(chunk)) is None:
                 return
-            opened = self._begin(shard)
-            for chunk in self._works.chunks(shard):
-                if (admitted := self._works.admit(chunk)) is None:
-                    return
-                with self._lock:
-                    opened.left += 1
-                yield opened, admitted, opened.line.ticket()
-            self._count_down(opened)
+            with self._lock:
+                opened.left += 1
+            yield opened, admitted, opened.line.ticket()
+        self._count_down(opened)
 
     def _begin(self, shard: Shard[TensorPlan]) -> _OpenShard:
         variants, engine = self._works.variants, self._works.engine
