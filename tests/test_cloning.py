@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from support import boft_tensors, write_adapter, write_checkpoint
 
 import boft_export
+from boft_export.checkpoint import free_bytes
 from boft_export.checkpoint.cloning import clone
 
 # How to make a file system whose files can share blocks.
@@ -127,6 +129,20 @@ def test_of_several_outputs_each_shares_what_it_leaves(there: Path, inputs: Inpu
     assert weights(whole) == inputs.merged
     assert private_bytes(none) <= SLACK
     assert private_bytes(whole) <= len(ADAPTED) * FEATURES * FEATURES * 2 + SLACK
+
+
+def test_a_disk_needs_room_for_what_changes_only(there: Path, inputs: Inputs) -> None:
+    whole = sum(p.stat().st_size for p in inputs.base.glob("*.safetensors"))
+    with (there / "filler").open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, free_bytes(there) - whole * 3 // 4)
+        except OSError:
+            pytest.skip("this file system has less room than it tells")
+    assert free_bytes(there) < whole
+    with pytest.raises(boft_export.ResourceError, match="bytes of disk"):
+        boft_export.merge(there / "base", inputs.adapter, there / "out", max_shard_size="3MB")
+    boft_export.merge(there / "base", inputs.adapter, there / "out")
+    assert weights(there / "out") == inputs.merged
 
 
 @pytest.mark.parametrize("option", [{"max_shard_size": "3MB"}, {"dtype": "float32"}, {"dtype": "float16"}])

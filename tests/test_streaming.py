@@ -25,6 +25,7 @@ from support import boft_tensors, expected_merge, read_folder, write_adapter, wr
 from torch import Tensor
 
 import boft_export
+from boft_export import native
 from boft_export.onnx.external_data import DataFile
 from boft_export.pipeline.memory import Budget
 
@@ -295,6 +296,7 @@ def test_progress(job: Job, tmp_path: Path) -> None:
 CHILD = """
 import json, os, sys
 import boft_export
+import torch  # as here, so that the least memory is the same
 arguments = json.loads(sys.argv[1])
 at, signal = arguments.pop("at"), arguments.pop("signal")
 calls = 0
@@ -645,24 +647,33 @@ def test_too_little_memory(job: Job, tmp_path: Path) -> None:
 
 # The reader would take the whole base in at once if it could: more than the limit leaves room for.
 MEASURED = """
-import json, sys
+import json, re, sys
 import boft_export
-boft_export.merge(**json.loads(sys.argv[1]))
+arguments = json.loads(sys.argv[1])
+if arguments.pop("with_torch"):
+    import torch
+try:
+    boft_export.merge(**arguments, max_memory=1)
+except boft_export.ResourceError as error:
+    least = int(re.search(r"needs ([\\d,]+)", error.message)[1].replace(",", ""))
+boft_export.merge(**arguments, max_memory=least)
 with open("/proc/self/status") as status:
-    print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
+    peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+print(least, int(peak) * 1024, "torch" in sys.modules, file=sys.stderr)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory was used")
+@pytest.mark.parametrize("with_torch", [False, True])
 @pytest.mark.parametrize("jobs", [1, 3, 8])
-def test_memory_stays_below_the_limit(job: Job, tmp_path: Path, jobs: int) -> None:
-    least = smallest_memory(job.base, job.adapter, tmp_path / "out", jobs=jobs)
-    status, errors = run(
-        MEASURED, base=job.base, adapters=job.adapter, output=tmp_path / "out", jobs=jobs, max_memory=least
-    )
+def test_memory_stays_below_the_limit(job: Job, tmp_path: Path, jobs: int, *, with_torch: bool) -> None:
+    arguments = {"base": job.base, "adapters": job.adapter, "output": tmp_path / "out", "jobs": jobs}
+    status, errors = run(MEASURED, **arguments, with_torch=with_torch)
     assert status == 0, errors
-    assert int(errors.split()[-1]) * 1024 <= least
+    least, peak, loaded = errors.split()[-3:]
+    assert int(peak) <= int(least)
+    assert loaded == str(with_torch or native.instruction_set() is None)
 
 
 # Counts how often the files of trained tensors are opened.

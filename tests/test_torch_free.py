@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import properties
+from support import boft_tensors, properties, write_adapter, write_checkpoint
 from threadpoolctl import threadpool_info
 
+from boft_export import native
 from boft_export.adapters import AdapterLayer, Parametrization, Storage
 from boft_export.checkpoint.tensors import HeldBytes, TensorRef
 from boft_export.errors import InputError
@@ -189,3 +191,46 @@ assert not inspect_values(ready.plan.adapters[0])[1]
 assert 'torch' not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, base, adapter, tmp_path / "out"], check=True)
+
+
+# What was expected of a run, and whether torch was loaded in it.
+RUN = """
+import json, sys
+import boft_export
+from boft_export.pipeline import prepare
+arguments, expected, needs_torch = json.loads(sys.argv[1]), [], prepare.needs_torch
+prepare.needs_torch = lambda *given: expected.append(needs_torch(*given)) or expected[-1]
+boft_export.interpolate(**arguments)
+print(json.dumps([*expected, "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.skipif(native.instruction_set() is None, reason="there is no compiled kernel")
+@pytest.mark.parametrize(
+    ("options", "loads"),
+    [
+        ({"alphas": [1]}, False),
+        ({"alphas": [0, 1]}, False),
+        ({"alphas": [1], "dtype": "float32"}, False),
+        ({"alphas": [0.5, 1], "path": "linear", "alpha_map": {"head.weight": 1}}, False),
+        ({"alphas": [0.5], "path": "linear"}, True),
+        ({"alphas": [1], "alpha_map": {"layers.0.up.weight": 0.5}}, True),
+        ({"alphas": [1], "compute_dtype": "float32"}, True),
+        ({"alphas": [1], "kernel": "torch"}, True),
+    ],
+    ids=lambda x: ", ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else None,
+)
+def test_a_run_knows_beforehand_whether_it_loads_torch(tmp_path, options, loads):
+    """It decides how much memory there is for the rest."""
+    layers = {f"layers.{i}.up": (16, 24) for i in range(2)}
+    weights = {f"{m}.weight": torch.randn(shape, generator=torch.Generator()).half() for m, shape in layers.items()}
+    base = write_checkpoint(tmp_path / "base", weights | {"head.weight": torch.ones(8, 16).half()})
+    trained = {k: v for m, (out, n) in layers.items() for k, v in boft_tensors(m, n, out).items()}
+    trained["base_model.model.head.weight"] = torch.full((8, 16), 2.0)
+    adapter = write_adapter(tmp_path / "adapter", trained, {"modules_to_save": ["head"]})
+    given = {**options, "base": str(base), "adapters": str(adapter), "output": str(tmp_path / "out")}
+    environment = {**os.environ, "BOFT_EXPORT_KERNEL": given.pop("kernel", "")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(given)], check=True, capture_output=True, env=environment, text=True
+    )
+    assert json.loads(done.stdout) == [loads, loads]

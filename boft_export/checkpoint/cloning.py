@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 # From Linux's fs.h.
@@ -29,3 +30,12 @@ def clone(source: Path, descriptor: int, size: int) -> bool:
         os.ftruncate(descriptor, 0)
         return False
     return True
+
+
+def can_clone(source: Path, folder: Path) -> bool:
+    """Tell whether a file in ``folder`` can be a clone of ``source``."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return clone(source, file.fileno(), 0)
+    except OSError:
+        return False

@@ -235,7 +235,7 @@ def _prepared(
 ) -> Prepared:
     local_path(parse_path(output), "ONNX export")
     if adapters:
-        return prepare(model, adapters, output, request, options, device_type)
+        return prepare(model, adapters, output, request, options, device_type, torch=True)
     if model is None or os.fspath(model) == "-":
         raise UsageError("there is neither a model nor an adapter that names one.", hint="Name the checkpoint.")
     check_options(output, options)

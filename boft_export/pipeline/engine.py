@@ -20,6 +20,7 @@ from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.memory import WAY_BACK_OUTPUTS, MemoryPlan
 from boft_export.pipeline.options import Progress
 from boft_export.pipeline.recorded import RecordedFile
+from boft_export.pipeline.torch_need import native_folds
 from boft_export.pipeline.undo import UndoTensor, undo_name
 from boft_export.pipeline.workbench import Piece
 from boft_export.pipeline.works import Admitted, Works
@@ -29,11 +30,6 @@ from boft_export.planning.strength import Course, Variant
 
 # What can be computed in.
 COMPUTE_DTYPES = ("float64", "float32")
-
-
-def native_folds(device: Device, compute: str) -> bool:
-    """Tell whether folding on a device, in a dtype, is for the compiled kernel where there is one."""
-    return device.type == "cpu" and compute == "float64"
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Engine:
     @property
     def is_native(self) -> bool:
         """Whether the compiled kernel folds what it can."""
-        return native_folds(self.devices[0], self.compute) and native.instruction_set() is not None
+        return native_folds(self.devices[0].type, self.compute) and native.instruction_set() is not None
 
     def operators(self, plan: FoldPlan, course: Course, *, back: bool = False) -> LayerCache:
         """Return the operators to fold with, or those that undo the fold."""

@@ -16,8 +16,9 @@ from boft_export.linalg.planner import SMALLEST_STAGE, plan_stages
 from boft_export.planning import Action, FoldPlan, Segment, Step, TensorPlan
 from boft_export.planning.strength import Course
 
-# The interpreter with torch's libraries in it.
+# The interpreter with what a run imports: with torch's libraries, and without.
 RUNTIME_BYTES = 300 << 20
+_SMALL_RUNTIME_BYTES = 100 << 20
 # Elements of a tile: in float64 a tile and its result stay in a core's second-level cache. A GPU wants more at once, of
 # which the bytes are a little fewer than a power of 2: that is what page-locked memory is rounded up to.
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 15 << 20}
@@ -28,8 +29,8 @@ REMOTE_CHUNK_BYTES = 8 << 20
 # What is held of ranges on their way from a store, for each thread, and of parts on their way to one, for each file.
 _REMOTE_READ = RANGES * RANGE_BYTES
 _REMOTE_WRITE = 3 * PART_BYTES
-# Threads that one weight file keeps busy: two digest its bytes, as they are read and as they are written, each as fast as
-# one core can, and all else takes as long again (docs/speed.md).
+# Threads that one weight file keeps busy: two digest what is read and what is written, as fast as a core can, and all
+# else takes as long again (docs/speed.md).
 _JOBS_PER_SHARD = 4
 DEFAULT_IN_FLIGHT = 64 << 20
 _MOST_JOBS = 8
@@ -77,6 +78,7 @@ def plan_memory(
     device: str = "cpu",
     *,
     way_back: bool = False,
+    torch: bool = True,
     beside: int = 0,
 ) -> MemoryPlan:
     """Divide memory for a run.
@@ -88,6 +90,7 @@ def plan_memory(
         jobs: Threads that read, fold and write.
         device: ``cpu`` or ``cuda``; on a GPU the tiles are in its own memory.
         way_back: Each fold is undone too, and what that misses may be written.
+        torch: It is loaded.
         beside: Bytes that whoever takes the results needs.
 
     Raises:
@@ -105,7 +108,8 @@ def plan_memory(
     # Twice: the compiled kernel has its own form of them, and the way back its own.
     rotations = (jobs + 1) * max((kept(t) for t, _ in folded), default=0)
     outputs = len(course.variants) + (WAY_BACK_OUTPUTS if way_back else 0)
-    fixed = RUNTIME_BYTES + beside + scratch + rotations * 2 + (outputs - 1) * _OUTPUT_BYTES
+    runtime = RUNTIME_BYTES if torch else _SMALL_RUNTIME_BYTES
+    fixed = runtime + beside + scratch + rotations * 2 + (outputs - 1) * _OUTPUT_BYTES
     smallest = max((chunk_bytes(t, s, s.tile(TILE_ELEMENTS[device]), outputs) for t, s in folded), default=1 << 16)
     if outputs > 1:
         # Of many outputs the pieces are small, and the allocator keeps a chunk's worth of them.

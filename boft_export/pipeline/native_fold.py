@@ -1,4 +1,4 @@
-"""Folding by the compiled kernel: which folds it can do, and the programs it does them by."""
+"""Folding by the compiled kernel, and the programs it folds by."""
 
 from __future__ import annotations
 
@@ -54,16 +54,6 @@ class NativeFold:
         self._path = path
         self._prepared: Kept[Any, _Prepared] = Kept(kept)
         self._rows = native.Program((), _ROW)
-
-    def can(self, steps: Steps, dtypes: tuple[str, str]) -> bool:
-        """Tell whether the kernel folds ``steps``, with values of ``dtypes`` in and out."""
-        # What isn't rounded shows in which order it was summed, and undoing is torch's.
-        if not native.DTYPES.issuperset(dtypes) or dtypes[1] == "F64":
-            return False
-        if len(steps) == 1:
-            return True
-        rotated = self._path is not InterpolationPath.LINEAR or all(alpha == 1 for _, alpha in steps)
-        return rotated and all(step.view is View.INPUT for step, _ in steps)
 
     def fold(
         self,

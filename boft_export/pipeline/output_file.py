@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from boft_export.checkpoint import Shard
 from boft_export.checkpoint.cloning import clone
@@ -54,9 +54,9 @@ class OutputFile:
         if self._descriptor is None:
             file.write(shard.header)
         else:
-            base = base_in_place(shard) if _stays(shard, variant) >= _CLONED_SHARE else None
+            template = clonable(shard, variant)
             with file_system_errors(self._path):
-                self._is_clone = base is not None and clone(base, self._descriptor, shard.nbytes)
+                self._is_clone = template is not None and clone(template.path, self._descriptor, shard.nbytes)
             self._write_at(self._descriptor, 0, memoryview(shard.header))
 
     def place(self, chunk: Chunk, piece: Piece) -> None:
@@ -104,11 +104,21 @@ class OutputFile:
         _start_writeback(descriptor, offset, len(data))
 
 
-def _stays(shard: Shard[TensorPlan], variant: Variant) -> float:
-    """Return the share of a shard's bytes that an output leaves as they are."""
+class Template(NamedTuple):
+    """The base's file that an output's may begin as a clone of, and how many of its bytes stay."""
+
+    path: Path
+    stays: int
+
+
+def clonable(shard: Shard[TensorPlan], variant: Variant) -> Template | None:
+    """Return what an output's file begins as a clone of where the disk can do that; None if it is written whole."""
     sizes = [(t, tensor_bytes(t.dtype, t.shape)) for t in shard.tensors]
     stays = sum(size for t, size in sizes if t.action is Action.COPY or not any(variant.strength.of(t.name)))
-    return stays / max(1, sum(size for _, size in sizes))
+    if stays < _CLONED_SHARE * sum(size for _, size in sizes):
+        return None
+    base = base_in_place(shard)
+    return None if base is None else Template(base, stays)
 
 
 def base_in_place(shard: Shard[TensorPlan]) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ from boft_export.checkpoint.remote import AnyPath, lies_in, parse_path
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, is_remote, plan_memory, remote_bytes
 from boft_export.pipeline.options import ENGINES, MergeOptions, RunOptions
+from boft_export.pipeline.torch_need import needs_torch
 from boft_export.pipeline.undo import CONFIG_NAME
 from boft_export.planning import FoldPlan, make_plan
 from boft_export.planning.inputs import Ref, Sources
@@ -79,6 +81,8 @@ def prepare(
     interpolation: Interpolation,
     options: RunOptions,
     device_type: str,
+    *,
+    torch: bool = False,
 ) -> Prepared:
     """Check all that headers and options can show.
 
@@ -89,6 +93,7 @@ def prepare(
         interpolation: How far to go.
         options: How it is done.
         device_type: ``cpu`` or ``cuda``.
+        torch: It is loaded whatever there is to do.
 
     Raises:
         UsageError: If an argument can't be understood, or ``output`` may not be written.
@@ -108,7 +113,10 @@ def prepare(
     if reversible and plan.edits and plan.base.config_text is not None:
         kept = SideFile(PurePosixPath(CONFIG_NAME), text=plan.base.config_text)
         plan = replace(plan, side_files=(*plan.side_files, kept))
-    return fit_memory(plan, course, output, options, device_type, way_back=reversible)
+    # A worker of Ray's is as large without torch as this process with it.
+    torch = torch or reversible or options.engine == "ray"
+    torch = torch or needs_torch(plan, course, device_type, options.compute_dtype)
+    return fit_memory(plan, course, output, options, device_type, way_back=reversible, torch=torch)
 
 
 def is_reversible(options: RunOptions) -> bool:
@@ -152,6 +160,7 @@ def fit_memory(
     device_type: str,
     *,
     way_back: bool = False,
+    torch: bool = True,
     beside: int = 0,
 ) -> Prepared:
     """Return a run that can begin, on as many threads as memory has room for.
@@ -163,6 +172,7 @@ def fit_memory(
         options: How it is done.
         device_type: ``cpu`` or ``cuda``.
         way_back: Each fold is undone too.
+        torch: It is loaded.
         beside: Bytes that whoever takes the results needs.
 
     Raises:
@@ -171,10 +181,11 @@ def fit_memory(
     jobs = options.jobs if options.jobs is not None else default_jobs(remote=is_remote(plan))
     limit = parse_size(options.max_memory) if options.max_memory is not None else None
     place = parse_path(output)
+    divide = partial(plan_memory, plan, course, limit, device=device_type, way_back=way_back, torch=torch)
     while True:
         try:
             remote = remote_bytes(plan, course, place, jobs, reversible=is_reversible(options))
-            memory = plan_memory(plan, course, limit, jobs, device_type, way_back=way_back, beside=beside + remote)
+            memory = divide(jobs=jobs, beside=beside + remote)
             return Prepared(plan, course, place, memory, jobs)
         except ResourceError:
             # Fewer threads take less memory; how many was not asked for.

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from typing import IO, Any
 
 from boft_export import native
-from boft_export.checkpoint import Staging, free_bytes, open_staging
+from boft_export.checkpoint import LocalStaging, Staging, free_bytes, open_staging
+from boft_export.checkpoint.cloning import can_clone
 from boft_export.checkpoint.remote import AnyPath, file_state
 from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.errors import (
@@ -27,13 +28,15 @@ from boft_export.errors import (
     raise_for_errors,
 )
 from boft_export.pipeline.devices import CPU, Device, resolve_devices
-from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, native_folds, run_plan
+from boft_export.pipeline.engine import COMPUTE_DTYPES, Engine, OutputResult, RunResult, run_plan
 from boft_export.pipeline.layers import inspect_values
 from boft_export.pipeline.manifest import dump, manifest
 from boft_export.pipeline.model_card import card_metadata, model_card
 from boft_export.pipeline.options import RunOptions
+from boft_export.pipeline.output_file import clonable
 from boft_export.pipeline.prepare import Prepared, is_reversible, prepare
 from boft_export.pipeline.recorded import MANIFEST_NAME, RecordedFile
+from boft_export.pipeline.torch_need import native_folds
 from boft_export.pipeline.undo import UndoTensor
 from boft_export.planning import Action, FoldPlan, SideFile
 from boft_export.planning.inputs import Ref
@@ -207,7 +210,7 @@ def _carry_out(
         "max_shard_size": parse_size(options.max_shard_size) if options.max_shard_size is not None else None,
         "torch": version("torch"),
         # Sums differ between them in the last bit of a float64.
-        "kernel": native.arithmetic() if native_folds(devices[0], options.compute_dtype) else "torch",
+        "kernel": native.arithmetic() if native_folds(devices[0].type, options.compute_dtype) else "torch",
         **verb.settings,
     }
     further = _further_files(plan, verb)
@@ -300,10 +303,22 @@ def _check_disk(plan: FoldPlan, course: Course, staging: Staging, *, reversible:
         needed += needed // _CORRECTIONS + sum(t.base.nbytes for t in plan.tensors if t.base not in (None, t.source))
     free = free_bytes(staging.output)
     if free is not None and needed > free:
+        needed -= _shared_bytes(plan, course, staging)
+    if free is not None and needed > free:
         raise ResourceError(
             f"{staging.output} needs {needed:,} bytes of disk, {free:,} are free.",
             hint="Free some space, or choose another -o.",
         )
+
+
+def _shared_bytes(plan: FoldPlan, course: Course, staging: Staging) -> int:
+    """Return how many bytes of the output will be in blocks that it shares with the base."""
+    if not isinstance(staging, LocalStaging):
+        return 0
+    todo = [(s, v) for s in plan.shards for v in course.variants if v.path(s.name) not in staging.done]
+    templates = [t for s, v in todo if (t := clonable(s, v)) is not None]
+    shared = {path for path in {t.path for t in templates} if can_clone(path, staging.root)}
+    return sum(t.stays for t in templates if t.path in shared)
 
 
 def check_effect(_: object, written: OutputResult, untrained: Collection[tuple[int, str]]) -> list[Notice]:

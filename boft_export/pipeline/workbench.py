@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from boft_export.checkpoint import FLOAT_DTYPES
 from boft_export.pipeline.buffers import BufferPool
 from boft_export.pipeline.chunks import Chunk
 from boft_export.pipeline.devices import Device
@@ -17,6 +16,7 @@ from boft_export.pipeline.measure import Measure
 from boft_export.pipeline.memory import TILE_ELEMENTS
 from boft_export.pipeline.native_fold import NativeFold
 from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
+from boft_export.pipeline.recipe import recipe
 from boft_export.planning import Action, Step
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Workbench:
         self, course: Course, engine: Engine, layers: LayerCache, back: LayerCache | None, pool: BufferPool
     ) -> None:
         self._variants = course.variants
+        self._path = course.path
         self._engine = engine
         self._layers = layers
         self._pool = pool
@@ -105,18 +106,15 @@ class Workbench:
     def _piece(self, chunk: Chunk, data: Mapping[int, Buffer], alphas: Sequence[float], device: Device) -> Piece:
         """Return what a chunk becomes where the adapters go as far as ``alphas``."""
         tensor, segment = chunk.tensor, chunk.segment
-        mixture = tensor.mixture(segment, alphas)
-        steps = [(s, alphas[s.adapter]) for s in segment.steps if alphas[s.adapter]]
+        way = recipe(tensor, segment, alphas)
+        mixture, steps = way.mixture, way.steps
         first = next(iter(mixture))
-        ref = tensor.origins[first].ref
-        # What stays the base's own keeps its bytes.
-        same = not steps and len(mixture) == 1 and ref is tensor.base and ref.dtype == tensor.dtype
-        if same or ref.dtype not in FLOAT_DTYPES:
-            return Piece(data[first], [], untouched=same)
+        if way.stays:
+            return Piece(data[first], [], untouched=way.untouched)
         tile = segment.tile(TILE_ELEMENTS[device.type])
-        if len(mixture) == 1 and self._native is not None and self._native.can(steps, (ref.dtype, tensor.dtype)):
+        if self._native is not None and way.suits_kernel(self._path):
             out = self._pool.take(chunk.nbytes)
-            measures = self._native.fold(data[first], (ref.dtype, tensor.dtype), steps, chunk.start, tile, out)
+            measures = self._native.fold(data[first], way.dtypes, steps, chunk.start, tile, out)
             brought = [first] if tensor.origins[first].adapter is not None else []
         else:
             with ONE_TORCH_THREAD:
