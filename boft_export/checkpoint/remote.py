@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple, cast
 from boft_export.errors import AccessError, BoftExportError, DamagedFileError, UsageError
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
-# A name and a password before the host, in any part of a URL.
-_PASSWORD = re.compile(r"://[^/@]*:[^/]*@")
+# A name and a password before the host, in any part of a URL; on the web, a token alone.
+_PASSWORD = re.compile(r"://[^/@]*:[^/]*@|https?://[^/@?#]+@")
 # Other names of the same store: an output in an input's folder must be seen to be there.
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "local": "file"}
 # What one request asks for, and how many are under way at once for one reader.
@@ -351,7 +351,7 @@ def parse_path(ref: str | os.PathLike[str]) -> AnyPath:
     # It would be in messages and in the manifest. On GitHub it is an organisation, a repository and a branch.
     if _PASSWORD.search(text) and scheme != "github":
         raise UsageError(
-            f"a {scheme}:// URL holds a password.",
+            f"the {scheme}:// URL holds a password or a token.",
             hint="Leave it out, and put it into fsspec's configuration, or where the store looks for credentials.",
         )
     if scheme == "file":
