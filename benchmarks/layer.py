@@ -3,7 +3,7 @@
 A square weight in bfloat16, m factors of blocks of b. By turns, each way folds the same weight; figures are medians.
 PEFT's ``merge`` makes R from what was trained each time, and so does "R, fold ms" here; "fold ms" is what a layer's
 size adds, once R is there. Both stand beside PEFT's ``merge``: how many times as fast. Ours writes correctly rounded
-results and takes the sums that a manifest has, too.
+results, and the compiled kernel takes the sums that a manifest has, too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from measured import interleaved, print_table, write_figures
 from peft import BOFTConfig
@@ -25,52 +27,103 @@ from torch import Tensor, nn
 from boft_export import Factor, Rotation, native
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
+from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS, Costs
 from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
+from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "minilm"))
 from peft_cpu import enable_butterflies_on_cpu
 
-# Features of a dense stage, and elements of a tile of the torch path, as the merge has them.
-STAGE, TILE = 16, 1 << 17
+# Elements of a tile of the torch path, as the merge has them.
+TILE = 1 << 17
+_THREADS = ThreadPoolExecutor()
 
 
-def rotation(trained: Tensor) -> Rotation:
-    """Return R of PEFT's ``boft_R`` (m, D, b, b), in few dense stages."""
-    blocks = cayley(skew(trained.double()))
+def rotation(trained: Tensor, costs: Costs) -> Rotation:
+    """Return R of PEFT's ``boft_R`` (m, D, b, b), in the stages that cost least, as a merge makes it without torch."""
+    blocks = cayley(skew(trained.numpy().astype(np.float64)))
     size = blocks.shape[-1]
-    factors = (Factor(q, butterfly_index(i, len(q), size)) for i, q in enumerate(blocks))
-    return Rotation(tuple(factors)).fused(STAGE)
+    factors = (Factor(q, butterfly_index(i, len(q), size, np)) for i, q in enumerate(blocks))
+    return Rotation(tuple(factors)).fused(costs.smallest, costs)
 
 
-def program(turned: Rotation) -> native.Program:
+def for_torch(trained: Tensor) -> Rotation:
+    """Return R as torch applies it."""
+    return rotation(trained, TORCH_COSTS).tensors()
+
+
+def for_kernel(trained: Tensor) -> native.Program:
     """Return R as the compiled kernel takes it."""
-    stages = [native.Stage(f.blocks.numpy(), f.index.numpy()) for f in turned.factors]
-    return native.Program(stages, turned.num_features)
+    turned = rotation(trained, KERNEL_COSTS)
+    return native.Program([native.Stage(f.blocks, f.index) for f in turned.factors], turned.num_features)
 
 
-def fold_by_torch(turned: Rotation, scale: Tensor, weight: Tensor) -> Tensor:
-    """Return diag(s) W R^T, a tile at a time."""
-    rows = max(1, TILE // weight.shape[1])
-    out = torch.empty_like(weight)
-    for i in range(0, len(weight), rows):
-        x = turned.rotate_columns(weight[i : i + rows].double()) * scale[i : i + rows]
-        out[i : i + rows] = round_once(x, weight.dtype)
+def fold_by_torch(turned: Rotation, scale: Tensor, weight: Tensor, threads: int) -> Tensor:
+    """Return diag(s) W R^T."""
+    out, tile = torch.empty_like(weight), max(1, TILE // weight.shape[1])
+
+    def part(rows: slice) -> None:
+        with ONE_TORCH_THREAD:
+            for w, s, o in zip(*(torch.split(x[rows], tile) for x in (weight, scale, out)), strict=True):
+                o[:] = round_once(turned.rotate_columns(w.double()) * s, o.dtype)
+
+    in_parts(part, len(weight), threads)
     return out
 
 
-def fold_by_kernel(made: native.Program, scale: Tensor, weight: Tensor, pool: ThreadPoolExecutor, parts: int) -> Tensor:
-    """Return diag(s) W R^T, an equal part of the rows by each thread."""
+def fold_by_kernel(made: native.Program, scale: Tensor, weight: Tensor, threads: int) -> Tensor:
+    """Return diag(s) W R^T."""
     out = torch.empty_like(weight)
     source, target, scales = weight.view(torch.int16).numpy(), out.view(torch.int16).numpy(), scale.numpy().ravel()
-    step = -(-len(weight) // parts)
 
-    def part(first: int) -> None:
-        rows = slice(first, first + step)
+    def part(rows: slice) -> None:
         native.fold_rows(made, source[rows], "BF16", target[rows], "BF16", scale=scales[rows], tile_rows=32)
 
-    list(pool.map(part, range(0, len(weight), step)))
+    in_parts(part, len(weight), threads)
     return out
+
+
+def in_parts(work: Callable[[slice], None], rows: int, threads: int) -> None:
+    """Do an equal part of the rows on each thread, as the merge does with chunks."""
+    step = -(-rows // threads)
+    list(_THREADS.map(work, [slice(i, i + step) for i in range(0, rows, step)]))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer is folded: by what, on how many threads, and the bytes that R takes."""
+
+    by: str
+    threads: int
+    held: int
+    fold: Callable[[], Tensor]
+    whole: Callable[[], Tensor]
+
+    def __str__(self) -> str:
+        """Return a name that no other way has."""
+        return f"{self.by}, {self.threads}"
+
+
+def ours(trained: Tensor, scale: Tensor, weight: Tensor, threads: int) -> Iterator[Way]:
+    """Yield our ways on so many threads: fold with an R that is there, and with one that is made each time."""
+    turned = for_torch(trained)
+    yield Way(
+        "torch",
+        threads,
+        sum(f.blocks.nbytes for f in turned.factors),
+        lambda: fold_by_torch(turned, scale, weight, threads),
+        lambda: fold_by_torch(for_torch(trained), scale, weight, threads),
+    )
+    if kernel := native.instruction_set():
+        made = for_kernel(trained)
+        yield Way(
+            kernel,
+            threads,
+            made.nbytes,
+            lambda: fold_by_kernel(made, scale, weight, threads),
+            lambda: fold_by_kernel(for_kernel(trained), scale, weight, threads),
+        )
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
@@ -84,9 +137,9 @@ def timed(work: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
-def differing(found: Tensor, other: Tensor) -> float:
-    """Return the share of elements that differ."""
-    return float((found != other).double().mean())
+def times(theirs: Sequence[float], own: Sequence[float]) -> float:
+    """Return how many times as fast we are: the median of ratios within a round."""
+    return statistics.median(a / b for a, b in zip(theirs, own, strict=True))
 
 
 def main() -> None:
@@ -114,61 +167,43 @@ def main() -> None:
     trained, scale = peft.boft_R["default"].data, peft.boft_s["default"].data.double()
 
     @torch.no_grad()
-    def merge() -> None:
+    def merge() -> Tensor:
         base.weight.data = weight
         peft.merged_adapters.clear()
         peft.merge()
+        return base.weight.data
 
-    turned = rotation(trained)
-    made = program(turned)
-    pool = ThreadPoolExecutor(args.threads)
-    ways: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {
-        "PEFT": (args.threads, merge, merge),
-        "torch": (
-            args.threads,
-            lambda: fold_by_torch(turned, scale, weight),
-            lambda: fold_by_torch(rotation(trained), scale, weight),
-        ),
-    }
-    if kernel := native.instruction_set():
-        for parts in sorted({1, args.threads}):
-            ways[f"{kernel}, {parts} thread{'s' * (parts > 1)}"] = (
-                parts,
-                lambda p=parts: fold_by_kernel(made, scale, weight, pool, p),  # type: ignore[misc]
-                lambda p=parts: fold_by_kernel(program(rotation(trained)), scale, weight, pool, p),  # type: ignore[misc]
-            )
+    reference = Way("PEFT", args.threads, peft.boft_P.nbytes, merge, merge)
+    counts = sorted({1, args.threads})
+    ways = [way for threads in counts for way in ours(trained, scale, weight, threads)]
+    results = [way.fold() for way in ways]
+    if any(not torch.equal(result, results[0]) for result in results):
+        sys.exit("the results of our ways differ")
 
-    def often(work: Callable[[], object], times: int) -> Callable[[], float]:
-        return lambda: statistics.median(timed(work)() for _ in range(times))
+    def often(work: Callable[[], object], repeats: int) -> Callable[[], float]:
+        return lambda: statistics.median(timed(work)() for _ in range(repeats))
 
-    times = {name: 1 if name == "PEFT" else 10 for name in ways}
-    folds = interleaved({name: often(fold, times[name]) for name, (_, fold, _) in ways.items()}, args.runs)
-    wholes = interleaved(
-        {name: often(whole, times[name]) for name, (_, _, whole) in ways.items() if name != "PEFT"}, args.runs
-    )
-    wholes["PEFT"] = folds["PEFT"]
-    merge()
-    ours = fold_by_torch(turned, scale, weight)
-    if kernel and differing(fold_by_kernel(made, scale, weight, pool, args.threads), ours):
-        sys.exit("the kernel's results are not those of torch")
-    held = {"PEFT": peft.boft_P.nbytes, "torch": sum(f.blocks.nbytes for f in turned.factors)}
+    peft_ms = {str(reference): often(merge, 1)}
+    folds = interleaved(peft_ms | {str(way): often(way.fold, 10) for way in ways}, args.runs)
+    wholes = interleaved({str(way): often(way.whole, 10) for way in ways}, args.runs)
+    wholes[str(reference)] = folds[str(reference)]
     rows: list[dict[str, object]] = []
-    for name, (threads, _, _) in ways.items():
-        fold, whole = statistics.median(folds[name]), statistics.median(wholes[name])
+    for way in (reference, *ways):
+        fold, whole = folds[str(way)], wholes[str(way)]
         row: dict[str, object] = {
-            "by": name,
-            "threads": threads,
-            "fold ms": fold,
-            "ns/element": 1e6 * fold / n**2,
-            "times PEFT": statistics.median(p / f for p, f in zip(folds["PEFT"], folds[name], strict=True)),
-            "R, fold ms": whole,
-            "R too": statistics.median(p / w for p, w in zip(folds["PEFT"], wholes[name], strict=True)),
-            "R, MB": held.get(name, made.nbytes) / 1e6,
+            "by": way.by,
+            "threads": way.threads,
+            "fold ms": statistics.median(fold),
+            "ns/element": 1e6 * statistics.median(fold) / n**2,
+            "times PEFT": times(folds[str(reference)], fold),
+            "R, fold ms": statistics.median(whole),
+            "R too": times(folds[str(reference)], whole),
+            "R, MB": way.held / 1e6,
         }
         rows.append(row)
     print(f"one layer, {n} x {n}, m = {m}, b = {b}, bfloat16, {args.runs} runs")
     print_table(rows)
-    apart = differing(base.weight.data, ours)
+    apart = float(torch.ne(merge(), results[0]).double().mean())
     print(f"{apart:.2%} of PEFT's elements are another bfloat16 than the correctly rounded one")
     write_figures(args.json, {"layer": rows, "features": n, "factors": m, "block_size": b, "differing": apart})
 
