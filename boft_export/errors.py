@@ -110,3 +110,9 @@ def raise_for_errors(notices: Sequence[Notice], headline: str) -> None:
         lines.append(f"  ... and {len(errors) - _SHOWN} more (all of them with --json)")
     hints = dict.fromkeys(n.hint for n in errors if n.hint)
     raise InputError("\n".join(lines), hint=next(iter(hints), None), notices=notices)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error that is not ours says first, without a full stop; its type where it says nothing."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")

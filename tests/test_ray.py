@@ -267,7 +267,7 @@ def test_a_worker_that_dies_each_time(
 def test_a_base_that_workers_see_otherwise(
     on_ray: Callable[..., Any], base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from boft_export.checkpoint.remote import file_state
+    from boft_export.checkpoint.places import file_state
 
     monkeypatch.setattr("boft_export.pipeline.ray_engine.file_state", lambda p: (*file_state(p), "else"))
     with pytest.raises(boft_export.AccessError, match="not the file that it is") as caught:

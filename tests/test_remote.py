@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import boft_export
 from boft_export.checkpoint import locate, open_checkpoint
-from boft_export.checkpoint.remote import RemoteBytes, RemotePath, lies_in, parse_path
+from boft_export.checkpoint.places import lies_in, parse_path
+from boft_export.checkpoint.remote import RemoteBytes, RemotePath
 from boft_export.cli.main import app
 from boft_export.errors import AccessError, DamagedFileError, ResourceError, UsageError
 from boft_export.pipeline.memory import remote_bytes

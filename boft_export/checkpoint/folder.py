@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from boft_export.checkpoint.pickle_file import read_pickle
-from boft_export.checkpoint.remote import AnyPath, RemotePath, lies_in
+from boft_export.checkpoint.places import AnyPath, lies_in
+from boft_export.checkpoint.remote import RemotePath
 from boft_export.checkpoint.safetensors_file import WeightFile, read_safetensors
 from boft_export.checkpoint.tensors import TensorRef
 from boft_export.errors import AccessError, DamagedFileError, InputError, Level, Notice

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint.folder import is_stale_weight
-from boft_export.checkpoint.remote import AnyPath, RemotePath, is_url, parse_path
-from boft_export.errors import AccessError, UsageError
+from boft_export.checkpoint.places import AnyPath, is_url, parse_path
+from boft_export.checkpoint.remote import RemotePath
+from boft_export.errors import AccessError, UsageError, first_line
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?$")
 
@@ -127,7 +128,7 @@ def _download(
         ) from error
     except HfHubHTTPError as error:
         raise AccessError(
-            f"the Hub did not give {repo}: {str(error).splitlines()[0]}",
+            f"the Hub did not give {repo}: {first_line(error)}",
             hint="Check the id, the revision, and HF_TOKEN for private or gated repositories.",
         ) from error
     except HFValidationError as error:

@@ -10,7 +10,7 @@ import zipfile
 from typing import TYPE_CHECKING
 
 from boft_export.checkpoint.dtypes import DTYPE_OF_NAME
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.checkpoint.safetensors_file import WeightFile
 from boft_export.checkpoint.tensors import HeldBytes, TensorRef, bytes_at
 from boft_export.errors import AccessError, BoftExportError, DamagedFileError, InputError

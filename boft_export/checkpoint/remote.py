@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from pathlib import PurePath, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-from boft_export.errors import AccessError, BoftExportError, DamagedFileError, UsageError
+from boft_export.errors import AccessError, BoftExportError, DamagedFileError, UsageError, first_line
 
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
-# A name and a password before the host, in any part of a URL; on the web, a token alone.
-_PASSWORD = re.compile(r"://[^/@]*:[^/]*@|https?://[^/@?#]+@")
-# Other names of the same store: an output in an input's folder must be seen to be there.
-_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "local": "file"}
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from fsspec import AbstractFileSystem
+
 # What one request asks for, and how many are under way at once for one reader.
 RANGE_BYTES = 4 << 20
 RANGES = 4
@@ -122,7 +120,7 @@ class RemotePath:
         return self._scheme == folder._scheme and self._place.is_relative_to(folder._place)
 
     @property
-    def file_system(self) -> Any:  # noqa: ANN401  # fsspec has no types
+    def file_system(self) -> AbstractFileSystem:
         """The file system it is on.
 
         Raises:
@@ -134,12 +132,17 @@ class RemotePath:
     @property
     def key(self) -> str:
         """Its name on that file system."""
-        return str(self.file_system._strip_protocol(self.url))  # noqa: SLF001  # as the file system's own class does
+        return str(self.file_system._strip_protocol(self.url))  # noqa: SLF001  # strip_protocol would look up the class again
 
     def refresh(self) -> None:
         """Forget what is known of folders."""
         with remote_errors(self):
             self.file_system.invalidate_cache()
+
+    def forget(self) -> None:
+        """Forget what its folder's listing says of it."""
+        with remote_errors(self):
+            self.file_system.invalidate_cache(self.parent.key)
 
     def info(self) -> dict[str, Any] | None:
         """Return what the file system tells of it; None if there is nothing.
@@ -185,8 +188,7 @@ class RemotePath:
         Raises:
             AccessError: If there is no such file, or it can't be asked for.
         """
-        with remote_errors(self):
-            self.file_system.invalidate_cache(self.file_system._parent(self.key))  # noqa: SLF001
+        self.forget()
         known = self._known()
         return known["size"], *(f"{k} {known[k]}" for k in _STATE if known.get(k))
 
@@ -266,11 +268,12 @@ class _Reader(io.RawIOBase):
         """Tell that it can be read anywhere."""
         return True
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  # whatever is a buffer
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill ``buffer`` as far as the file goes on."""
+        place = memoryview(buffer).cast("B")
         with remote_errors(self._path):
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
+            data = self._file.read(len(place))
+        place[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -287,9 +290,6 @@ class _Reader(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-AnyPath = Path | RemotePath
 
 
 @dataclass(frozen=True)
@@ -337,74 +337,6 @@ class RemoteBytes:
         return DamagedFileError(f"{self.path} has fewer bytes than it should: it is truncated or was changed.")
 
 
-def parse_path(ref: str | os.PathLike[str]) -> AnyPath:
-    """Return the local path or the remote one that a user names.
-
-    Raises:
-        UsageError: If it is a URL that can't be used.
-    """
-    text = os.fspath(ref)
-    match = _URL.fullmatch(text)
-    if match is None:
-        return Path(text)
-    scheme = _ALIASES.get(match["scheme"].lower(), match["scheme"].lower())
-    # It would be in messages and in the manifest. On GitHub it is an organisation, a repository and a branch.
-    if _PASSWORD.search(text) and scheme != "github":
-        raise UsageError(
-            f"the {scheme}:// URL holds a password or a token.",
-            hint="Leave it out, and put it into fsspec's configuration, or where the store looks for credentials.",
-        )
-    if scheme == "file":
-        return Path(match["place"] or "/")
-    place = PurePosixPath(match["place"].lstrip("/"))
-    if "::" in text or ".." in place.parts or not place.parts:
-        raise UsageError(f"{text} can't be used as a place.", hint="Write it as s3://bucket/folder.")
-    return RemotePath(f"{scheme}://{place}")
-
-
-def is_url(ref: str | os.PathLike[str]) -> bool:
-    """Tell whether a user names a place by a URL."""
-    return _URL.fullmatch(os.fspath(ref)) is not None
-
-
-def local_path(path: AnyPath, purpose: str) -> Path:
-    """Return a path that is local.
-
-    Args:
-        path: The path.
-        purpose: What needs it to be, for the message.
-
-    Raises:
-        UsageError: If it is remote.
-    """
-    if isinstance(path, RemotePath):
-        raise UsageError(f"{path} is remote, and {purpose} needs files on this machine.", hint="Copy the folder here.")
-    return path
-
-
-def lies_in(path: AnyPath, folder: AnyPath) -> bool:
-    """Tell whether ``path`` is ``folder`` or lies below it."""
-    if isinstance(path, RemotePath):
-        if not isinstance(folder, RemotePath) or path.is_relative_to(folder):
-            return isinstance(folder, RemotePath)
-        # One place may have several URLs.
-        return bool(path.file_system == folder.file_system) and PurePosixPath(path.key).is_relative_to(folder.key)
-    return isinstance(folder, Path) and path.resolve().is_relative_to(folder.resolve())
-
-
-def file_state(path: AnyPath) -> tuple[object, ...]:
-    """Return what changes when a file does.
-
-    Raises:
-        AccessError: If a remote file can't be asked for.
-        OSError: If a local one can't.
-    """
-    if isinstance(path, RemotePath):
-        return path.state()
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
 @contextmanager
 def remote_errors(path: RemotePath, doing: str = "read") -> Iterator[None]:
     """Turn whatever a remote file system raises on ``path`` into an ``AccessError``."""
@@ -416,15 +348,10 @@ def remote_errors(path: RemotePath, doing: str = "read") -> Iterator[None]:
         hint = "Check the bucket and the path."
         raise AccessError(f"cannot {doing} {path}: it, or its bucket, does not exist.", hint=hint) from error
     except PermissionError as error:
-        raise AccessError(f"cannot {doing} {path}: access was denied ({_reason(error)}).", hint=_DENIED) from error
+        raise AccessError(f"cannot {doing} {path}: access was denied ({first_line(error)}).", hint=_DENIED) from error
     except Exception as error:  # each file system has errors of its own, with no base that they share
         hint = _DENIED if "redential" in type(error).__name__ else _UNREACHED
-        raise AccessError(f"cannot {doing} {path}: {_reason(error)}.", hint=hint) from error
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+        raise AccessError(f"cannot {doing} {path}: {first_line(error)}.", hint=hint) from error
 
 
 @lru_cache
@@ -440,7 +367,7 @@ def _is_async(scheme: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _file_system(scheme: str, place: str, _process: int, _thread: int) -> Any:  # noqa: ANN401  # fsspec has no types
+def _file_system(scheme: str, place: str, _process: int, _thread: int) -> AbstractFileSystem:
     """Return the file system that all threads of a process share, or one for a thread where they can't."""
     url = f"{scheme}://{place}"
     try:
@@ -457,10 +384,10 @@ def _file_system(scheme: str, place: str, _process: int, _thread: int) -> Any:  
         package = str(known.get("class", "")).partition(".")[0]
         extra = '"boft-export[remote]"' if package == "s3fs" else package
         hint = str(known.get("err", error)) if package in {"", "fsspec"} else f"pip install {extra}"
-        raise UsageError(f"{url} needs a package that is not installed: {_reason(error)}.", hint=hint) from error
+        raise UsageError(f"{url} needs a package that is not installed: {first_line(error)}.", hint=hint) from error
     except ValueError as error:
         raise UsageError(
-            f"{url} can't be opened: {_reason(error)}.", hint="s3://, gs://, az:// and fsspec's other schemes work."
+            f"{url} can't be opened: {first_line(error)}.", hint="s3://, gs://, az:// and fsspec's other schemes work."
         ) from error
     except Exception as error:  # such as a server that can't be reached
-        raise AccessError(f"cannot open {url}: {_reason(error)}.", hint=_UNREACHED) from error
+        raise AccessError(f"cannot open {url}: {first_line(error)}.", hint=_UNREACHED) from error

@@ -6,10 +6,13 @@ import contextlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from boft_export.checkpoint.remote import RemotePath, remote_errors
 from boft_export.errors import AccessError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # One part of an upload; a store takes 10,000 of them, and some three are in memory.
 PART_BYTES = 16 << 20
@@ -53,8 +56,7 @@ def read_json(path: RemotePath) -> dict[str, Any] | None:
         AccessError: If it can't be read.
     """
     try:
-        with remote_errors(path):
-            path.file_system.invalidate_cache(path.file_system._parent(path.key))  # noqa: SLF001
+        path.forget()
         value = json.loads(path.read_bytes())
     except AccessError as error:
         if isinstance(error.__cause__, FileNotFoundError):
@@ -114,8 +116,8 @@ class _Upload(io.RawIOBase):
         """Tell that it can be written."""
         return True
 
-    def write(self, data: Any) -> int:  # noqa: ANN401  # whatever is a buffer
+    def write(self, data: ReadableBuffer) -> int:
         """Write all of ``data``."""
         with remote_errors(self._target, "write"):
             self._file.write(data)
-        return len(data)
+        return memoryview(data).nbytes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.checkpoint.tensors import TensorRef, bytes_at, tensor_bytes
 from boft_export.errors import AccessError, DamagedFileError
 

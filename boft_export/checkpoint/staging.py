@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, overload
 
-from boft_export.checkpoint.remote import AnyPath, RemotePath
+from boft_export.checkpoint.places import AnyPath
+from boft_export.checkpoint.remote import RemotePath
 from boft_export.errors import AccessError, ResourceError, UsageError
 
 _JOURNAL = "journal.jsonl"

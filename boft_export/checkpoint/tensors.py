@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
-from boft_export.checkpoint.remote import AnyPath, RemoteBytes, RemotePath
+from boft_export.checkpoint.places import AnyPath
+from boft_export.checkpoint.remote import RemoteBytes, RemotePath
 from boft_export.errors import AccessError, DamagedFileError
 
 

@@ -107,7 +107,7 @@ def command(
         }
         request = interpolation(**asked)
         if evaluation is not None:
-            from boft_export.checkpoint.remote import local_path, parse_path
+            from boft_export.checkpoint.places import local_path, parse_path
             from boft_export.pipeline.evaluation import check_script
 
             check_script(evaluation)
@@ -171,7 +171,7 @@ def _measure(out: Output, result: InterpolationResult) -> PathReport:
 
 
 def _evaluate(out: Output, script: Path, result: InterpolationResult) -> Sequence[Figures | None]:
-    from boft_export.checkpoint.remote import local_path
+    from boft_export.checkpoint.places import local_path
     from boft_export.pipeline.evaluation import evaluate
 
     with out.progress("evaluating", "outputs") as progress, stdout_to_stderr():

@@ -159,7 +159,7 @@ def command(
 def _write_nothing(out: Output, model: str, adapters: Sequence[str], output: str, asked: Mapping[str, Any]) -> None:
     """Plan and check an export, and print what it would do."""
     from boft_export.checkpoint import free_bytes
-    from boft_export.checkpoint.remote import parse_path
+    from boft_export.checkpoint.places import parse_path
     from boft_export.onnx.export import plan_export
     from boft_export.planning.sizes import format_size
     from boft_export.report.export_report import export_plan_document

@@ -26,7 +26,7 @@ def write_nothing(
 ) -> None:
     """Plan and check a run, and print what it would do."""
     from boft_export.checkpoint import free_bytes
-    from boft_export.checkpoint.remote import parse_path
+    from boft_export.checkpoint.places import parse_path
     from boft_export.pipeline.prepare import prepare
     from boft_export.planning.inspection import group_name
     from boft_export.planning.sizes import format_size

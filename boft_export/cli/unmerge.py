@@ -105,7 +105,7 @@ def _write_nothing(
 ) -> None:
     """Plan and check, and print what would be done."""
     from boft_export.checkpoint import free_bytes
-    from boft_export.checkpoint.remote import parse_path
+    from boft_export.checkpoint.places import parse_path
     from boft_export.pipeline.unmerge_plan import prepare_unmerge
     from boft_export.planning.sizes import format_size
     from boft_export.report.merge_report import plan_document

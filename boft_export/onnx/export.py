@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import DTYPE_OF_NAME, FLOAT_DTYPES, LocalStaging
-from boft_export.checkpoint.remote import local_path, parse_path
+from boft_export.checkpoint.places import local_path, parse_path
 from boft_export.errors import DamagedFileError, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath
 from boft_export.models.loading import quiet_transformers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boft_export.checkpoint import LocalStaging, free_bytes
-from boft_export.checkpoint.remote import local_path
+from boft_export.checkpoint.places import local_path
 from boft_export.errors import InputError, Level, Notice, ResourceError
 from boft_export.models.loading import model_errors
 from boft_export.onnx.exporters import EXPORTERS, ForeignExporter

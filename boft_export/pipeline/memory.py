@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from boft_export.checkpoint.dtypes import DTYPE_BITS
-from boft_export.checkpoint.remote import RANGE_BYTES, RANGES, AnyPath, RemotePath
+from boft_export.checkpoint.places import AnyPath
+from boft_export.checkpoint.remote import RANGE_BYTES, RANGES, RemotePath
 from boft_export.checkpoint.remote_objects import PART_BYTES
 from boft_export.errors import ResourceError
 from boft_export.linalg.path import InterpolationPath

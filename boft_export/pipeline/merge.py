@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.pipeline.engine import TensorResult
 from boft_export.pipeline.options import MergeOptions, Progress
 from boft_export.pipeline.run import run

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from boft_export.checkpoint.remote import AnyPath, RemotePath
+from boft_export.checkpoint.places import AnyPath
+from boft_export.checkpoint.remote import RemotePath
 from boft_export.errors import Level
 from boft_export.planning import Action, FoldPlan
 from boft_export.planning.alphas import number_text

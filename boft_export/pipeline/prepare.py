@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from boft_export.checkpoint import DTYPE_OF_NAME, check_output
-from boft_export.checkpoint.remote import AnyPath, lies_in, parse_path
+from boft_export.checkpoint.places import AnyPath, lies_in, parse_path
 from boft_export.errors import AccessError, ResourceError, UsageError, raise_for_errors
 from boft_export.pipeline.memory import MemoryPlan, default_jobs, is_remote, plan_memory, remote_bytes
 from boft_export.pipeline.options import ENGINES, MergeOptions, RunOptions

@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from boft_export import native
 from boft_export.checkpoint import Shard, Staging
-from boft_export.checkpoint.remote import AnyPath, file_state
+from boft_export.checkpoint.places import AnyPath, file_state
 from boft_export.checkpoint.staging import Files, file_system_errors
 from boft_export.checkpoint.tensors import BytesInFile, HeldBytes
 from boft_export.errors import AccessError, ResourceError, UsageError

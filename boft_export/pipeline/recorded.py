@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from boft_export.checkpoint import Checkpoint
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.folder import parse_json_object, read_text
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.errors import AccessError, DamagedFileError, InputError, UsageError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.planning import Action

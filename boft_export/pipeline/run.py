@@ -14,7 +14,7 @@ from typing import IO, Any
 from boft_export import native
 from boft_export.checkpoint import LocalStaging, Staging, free_bytes, open_staging
 from boft_export.checkpoint.cloning import can_clone
-from boft_export.checkpoint.remote import AnyPath, file_state
+from boft_export.checkpoint.places import AnyPath, file_state
 from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.errors import (
     AccessError,

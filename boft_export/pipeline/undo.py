@@ -18,7 +18,7 @@ from typing import IO, Any
 from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, TensorRef
 from boft_export.checkpoint.dtypes import DTYPE_BITS
 from boft_export.checkpoint.folder import read_text
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.checkpoint.tensors import bytes_at, tensor_bytes
 from boft_export.errors import AccessError, DamagedFileError
 from boft_export.pipeline.recorded import Recorded, RecordedFile, check_shape

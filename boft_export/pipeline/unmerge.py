@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from boft_export.checkpoint import TensorRef
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.errors import CheckFailedError, DamagedFileError, InputError, Level, Notice, raise_for_errors
 from boft_export.linalg.bits import as_integers
 from boft_export.linalg.interpolation import interpolate_scale

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint, Shard, TensorRef
-from boft_export.checkpoint.remote import parse_path
+from boft_export.checkpoint.places import parse_path
 from boft_export.checkpoint.tensors import tensor_bytes
 from boft_export.errors import DamagedFileError, InputError, Level, Notice, UsageError, raise_for_errors
 from boft_export.linalg.path import InterpolationPath

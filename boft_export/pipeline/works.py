@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from boft_export.checkpoint import Shard
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.checkpoint.tensors import BytesInFile
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
 from boft_export.pipeline.buffers import BufferPool

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from boft_export.adapters import ReadOptions
 from boft_export.checkpoint import Checkpoint, locate, open_checkpoint, wanted_weights
-from boft_export.checkpoint.remote import is_url
+from boft_export.checkpoint.places import is_url
 from boft_export.errors import UsageError
 from boft_export.planning.sourced import SourcedAdapter, open_adapter
 

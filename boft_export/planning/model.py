@@ -14,7 +14,7 @@ from typing import Any
 
 from boft_export.adapters import AdapterLayer, View
 from boft_export.checkpoint import FLOAT_DTYPES, Checkpoint, Shard, TensorRef
-from boft_export.checkpoint.remote import AnyPath, file_state
+from boft_export.checkpoint.places import AnyPath, file_state
 from boft_export.errors import Notice
 from boft_export.planning.sourced import SourcedAdapter
 

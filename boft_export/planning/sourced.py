@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from boft_export.adapters import Adapter, ReadOptions, read_adapter
 from boft_export.checkpoint import TensorRef, WeightFile, read_weight_file
 from boft_export.checkpoint.folder import parse_json_object, read_text
-from boft_export.checkpoint.remote import AnyPath
+from boft_export.checkpoint.places import AnyPath
 from boft_export.errors import AccessError, DamagedFileError, InputError, Level, Notice
 from boft_export.planning.tables import TOKENIZER_FILES, VOCABULARY_FILES
 

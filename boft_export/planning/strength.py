@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from boft_export.checkpoint.remote import parse_path
+from boft_export.checkpoint.places import parse_path
 from boft_export.errors import InputError, Level, Notice, UsageError
 from boft_export.linalg.path import InterpolationPath
 from boft_export.planning.alphas import Alpha, AlphaMap, number_text, several

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from boft_export.checkpoint.folder import open_checkpoint
-from boft_export.checkpoint.remote import local_path
+from boft_export.checkpoint.places import local_path
 from boft_export.errors import UsageError
 from boft_export.models.inputs import Batch, FunctionalInputs, make_batches
 from boft_export.models.loading import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from boft_export.checkpoint.folder import parse_json_object, read_text
-from boft_export.checkpoint.remote import local_path
+from boft_export.checkpoint.places import local_path
 from boft_export.errors import CheckFailedError, InputError, UsageError
 from boft_export.models.loading import quiet_transformers
 from boft_export.onnx.limits import LIMITS, Limits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from boft_export.checkpoint import DTYPE_OF_NAME, Checkpoint
-from boft_export.checkpoint.remote import AnyPath, local_path
+from boft_export.checkpoint.places import AnyPath, local_path
 from boft_export.errors import (
     DamagedFileError,
     InputError,
