@@ -234,7 +234,8 @@ def _narrow(layers: Sequence[AdapterLayer], tensors: Mapping[str, TensorInfo]) -
 def _replacements(others: Mapping[str, str], tensors: Mapping[str, TensorInfo], keys: PeftKeys) -> list[Replacement]:
     """Sort the keys that are no part of a rotation: whole modules, biases, base weights, stale and doubled ones."""
     found: list[Replacement] = []
-    for name, key in others.items():
+    for saved, key in others.items():
+        name = saved
         if ".original_module." in name:
             keys.dropped[key] = "the untrained original of a module that was trained in full"
             continue
@@ -248,7 +249,8 @@ def _replacements(others: Mapping[str, str], tensors: Mapping[str, TensorInfo], 
             if plain in others:
                 keys.dropped[key] = f"the same as {plain}"
                 continue
-            name = plain  # noqa: PLW2901  # the inner name is only another spelling
+            # The inner name is only another spelling.
+            name = plain
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".base_layer") or owner == "base_layer":
             owner = owner.removesuffix("base_layer").removesuffix(".")

@@ -78,7 +78,7 @@ class PeftOft:
         kind = config.get("peft_type")
         return kind == "OFT" if kind else any(p.match(k) for k in keys for p in _PATTERNS)
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], options: ReadOptions) -> Adapter:  # noqa: ARG002  # nothing is left to the user
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], options: ReadOptions) -> Adapter:  # noqa: ARG002  # every reader's are the same; OFT leaves nothing to the user
         """Sort every key into layers, replacements and what is dropped; collect all problems."""
         keys = sort_keys(config, tensors, _PATTERNS)
         form = _form(config, {part for parts in keys.parts.values() for part in parts})
