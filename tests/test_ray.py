@@ -34,7 +34,7 @@ pytest.importorskip("moto")
 
 from ray.cluster_utils import Cluster  # noqa: E402  # where there is no Ray these tests are left out
 
-from boft_export.pipeline import ray_engine  # noqa: E402
+from boft_export.pipeline import ray_cluster, ray_engine, ray_worker  # noqa: E402
 
 # What Ray itself leaves to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -326,9 +326,9 @@ def test_a_task_asks_for_what_one_node_has(
     nodes: list[Node], device: str, cpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: [n.told() for n in nodes])
-    needs = ray_engine._fit(8, device, 1 << 30, MergeOptions())
+    needs = ray_cluster.worker_needs(8, device, 1 << 30, MergeOptions())
     assert needs == {"num_cpus": cpus, "memory": 1 << 30, **({"num_gpus": 1} if device == "cuda" else {})}
-    digesting = ray_engine._needs(ray_engine._Task(None, ("a",), ("a",)), needs)
+    digesting = ray_engine._needs(ray_worker.Task(None, ("a",), ("a",)), needs)
     assert digesting == {"num_cpus": 1, "memory": ray_engine._DIGEST_MEMORY}
 
 
@@ -352,7 +352,7 @@ def test_what_no_node_has(
 ) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: [n.told() for n in nodes])
     with pytest.raises(error, match=message):
-        ray_engine._fit(jobs or 8, device, 1 << 30, MergeOptions(jobs=jobs))
+        ray_cluster.worker_needs(jobs or 8, device, 1 << 30, MergeOptions(jobs=jobs))
 
 
 def test_small_inputs_are_digested_by_one_task(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_small_inputs_are_digested_by_one_task(base: Path, adapter: Path, tmp_pa
 def test_digesting_stops_when_the_run_is_over(tmp_path: Path) -> None:
     file = tmp_path / "large"
     with file.open("wb") as f:
-        f.truncate(5 * ray_engine._DIGEST_PIECE + 1)
+        f.truncate(5 * ray_worker._DIGEST_PIECE + 1)
     hashes = InputHashes({"large": file})
     said = []
 
@@ -381,12 +381,12 @@ def test_digesting_stops_when_the_run_is_over(tmp_path: Path) -> None:
         def say(self, *told: Any) -> None:
             said.append(told)
             if len(said) == 2:
-                raise ray_engine._StoppedError
+                raise ray_worker._StoppedError
 
-    with pytest.raises(ray_engine._StoppedError):
-        ray_engine._digest(file, hashes, cast("ray_engine._Words", Words()))
-    assert hashes._state[file][1] == 2 * ray_engine._DIGEST_PIECE
-    ray_engine._digest(file, hashes, cast("ray_engine._Words", Words()))
+    with pytest.raises(ray_worker._StoppedError):
+        ray_worker._digest(file, hashes, cast("ray_worker._Words", Words()))
+    assert hashes._state[file][1] == 2 * ray_worker._DIGEST_PIECE
+    ray_worker._digest(file, hashes, cast("ray_worker._Words", Words()))
     assert hashes.digests() == {"large": file_digest(file)}
 
 
@@ -418,29 +418,29 @@ def test_a_silent_cluster_is_told_of_once(
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = ray_engine._versions("torch")
+    versions = ray_worker.installed_versions("torch")
     monkeypatch.delenv("BOFT_EXPORT_KERNEL", raising=False)
-    ray_engine._check_versions(versions)
+    ray_worker._check_versions(versions)
     with pytest.raises(boft_export.UsageError, match=r"has numpy .*; the run was started with numpy 1\.0") as caught:
-        ray_engine._check_versions({**versions, "numpy": "1.0"})
+        ray_worker._check_versions({**versions, "numpy": "1.0"})
     assert "same versions" in str(caught.value.hint)
     with pytest.raises(boft_export.UsageError, match="with fold kernel abacus"):
-        ray_engine._check_versions({**versions, "fold kernel": "abacus"})
-    monkeypatch.setattr(ray_engine, "version", lambda n: importlib.metadata.version(f"no-{n}"))
+        ray_worker._check_versions({**versions, "fold kernel": "abacus"})
+    monkeypatch.setattr(ray_worker, "version", lambda n: importlib.metadata.version(f"no-{n}"))
     with pytest.raises(boft_export.UsageError, match="has torch missing"):
-        ray_engine._check_versions(versions)
+        ray_worker._check_versions(versions)
 
 
 @pytest.mark.parametrize(
     "cause",
     [
-        TypeError("_perform() takes 3 positional arguments but 4 were given"),
+        TypeError("do_task() takes 3 positional arguments but 4 were given"),
         importlib.metadata.PackageNotFoundError("torch"),
         RuntimeError("The remote function failed to import.\nModuleNotFoundError: No module named 'boft_export'"),
     ],
 )
 def test_a_node_with_another_program(cause: Exception) -> None:
-    found = ray_engine._cause(ray.exceptions.RayTaskError("_perform", "", cause))
+    found = ray_engine._cause(ray.exceptions.RayTaskError("do_task", "", cause))
     assert isinstance(found, boft_export.UsageError)
     assert "pip install" in str(found.hint)
 
@@ -458,8 +458,8 @@ def test_the_kernel_is_the_drivers(
 def test_asked_to_end(cluster: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
     """What Ray does on SIGTERM is not done."""
     code = (
-        "import os, signal\nfrom boft_export.pipeline import ray_engine\n"
-        "ray_engine.check_cluster = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal\nfrom boft_export.pipeline import ray_cluster\n"
+        "ray_cluster.check_cluster = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "from boft_export.cli.main import main\nmain()\n"
     )
     where = ("--engine", "ray", "--ray-address", cluster.address)
@@ -496,7 +496,7 @@ def test_a_connection_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        with pytest.raises(SystemExit) if early else contextlib.nullcontext(), ray_engine.connected("local"):
+        with pytest.raises(SystemExit) if early else contextlib.nullcontext(), ray_cluster.connected("local"):
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -67,7 +67,7 @@ def free_space(document: Mapping[str, Any]) -> str:
 def check_engine(plan: FoldPlan, options: RunOptions) -> None:
     """Check what no cluster could do, without one."""
     if options.engine == "ray":
-        from boft_export.pipeline.ray_engine import check_request
+        from boft_export.pipeline.ray_cluster import check_request
         from boft_export.pipeline.run import devices_for
 
         devices_for(options)

@@ -167,7 +167,8 @@ def _engine_of(options: RunOptions, ready: Prepared, device: Device) -> Iterator
     if options.engine == "local":
         yield partial(run_plan, progress=options.progress)
         return
-    from boft_export.pipeline.ray_engine import check_cluster, connected, run_on_ray
+    from boft_export.pipeline.ray_cluster import check_cluster, connected
+    from boft_export.pipeline.ray_engine import run_on_ray
 
     with connected(options.ray_address):
         check_cluster(ready.plan, ready.jobs, device.type, options, ready.memory.peak)
