@@ -3,7 +3,7 @@
 A weight in the order of rows, and of columns where the output side is rotated, in the stages that a merge folds in,
 with scales and with all the sums that a manifest has. Each figure is the least of several runs, each of which folds the
 whole weight. GB/s are bytes read and written. "torch" is the fold that serves where there is no
-compiled kernel.
+compiled kernel; "cuda", where there is a GPU, is the same there, with the copies both ways.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ from measured import print_table, write_figures
 from numpy.typing import NDArray
 
 from boft_export import Factor, Rotation
+from boft_export.adapters import AdapterLayer, View
 from boft_export.errors import UsageError
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS
-from boft_export.linalg.rounding import round_once
 from boft_export.native import Program, Stage, fold_columns, fold_rows, instruction_set
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
+from boft_export.pipeline.fold import fold
+from boft_export.pipeline.layers import LayerOperator
+from boft_export.pipeline.memory import TILE_ELEMENTS
+from boft_export.planning import Segment, Step
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-TILE = 1 << 17
+VIEWS = {"rows": View.INPUT, "columns": View.RESHAPED}
+# The device of the fold by torch.
+TORCH = {"torch": "cpu", "cuda": "cuda"}
 
 
 def kernels() -> list[str]:
-    """Return the names of the kernels that run here, and torch."""
+    """Return the names of the kernels that run here, torch, and a GPU."""
     found = []
     for name in ("avx512", "avx2", "neon", "plain"):
         os.environ["BOFT_EXPORT_KERNEL"] = name
@@ -42,7 +48,7 @@ def kernels() -> list[str]:
         except UsageError:
             continue
         found.append(name)
-    return [*found, "torch"]
+    return [*found, "torch", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def orthogonal(count: int, size: int) -> NDArray[np.float64]:
@@ -66,37 +72,40 @@ def least(work: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def fold(
-    kernel: str,
-    factors: list[Factor],
-    weight: torch.Tensor,
-    dtype: str,
-    pool: ThreadPoolExecutor,
-    threads: int,
+def fold_by_torch(
+    device: str, layer: AdapterLayer, factors: list[Factor], weight: torch.Tensor, pool: ThreadPoolExecutor,
+    threads: int, side: str,
+) -> Callable[[], object]:  # fmt: skip
+    """Return what folds a whole weight as a merge does without the compiled kernel, a part in each thread."""
+    step = Step(0, layer, VIEWS[side])
+    scale = torch.ones(weight.numel() // layer.num_features, dtype=torch.float64, device=device)
+    operator = LayerOperator(Rotation(tuple(factors)).to(device, torch.float64), scale)
+    tile = Segment(0, weight.numel(), (step,)).tile(TILE_ELEMENTS[device])
+    pinned = device == "cuda"
+    source = weight.view(-1).pin_memory() if pinned else weight.view(-1)
+    target = torch.empty(weight.numel(), dtype=weight.dtype, pin_memory=pinned)
+    size = -(-weight.numel() // (threads * tile)) * tile
+
+    def part(first: int) -> None:
+        run = slice(first, first + size)
+        fold(
+            [(source[run], 1.0)], [(step, operator)], first, target[run],
+            compute=torch.float64, device=torch.device(device), tile=tile,
+        )  # fmt: skip
+
+    return lambda: list(pool.map(part, range(0, weight.numel(), size)))
+
+
+def fold_by_kernel(
+    kernel: str, factors: list[Factor], weight: torch.Tensor, dtype: str, pool: ThreadPoolExecutor, threads: int,
     side: str,
-) -> Callable[[], object]:
-    """Return what folds a whole weight, a part in each thread."""
+) -> Callable[[], object]:  # fmt: skip
+    """Return what folds a whole weight by a compiled kernel, a part in each thread."""
     os.environ["BOFT_EXPORT_KERNEL"] = kernel
     n = factors[0].num_features if factors else weight.shape[1]
-    out = torch.empty_like(weight)
-    rows = max(1, TILE // weight.shape[1])
-    if kernel == "torch":
-        scale = torch.ones(len(weight), 1, dtype=torch.float64)
-        rotation = Rotation(tuple(factors))
-
-        def tile(first: int) -> None:
-            x = weight[first : first + rows].double()
-            y = rotation.rotate_columns(x) * scale[first : first + rows]
-            rounded = round_once(y, weight.dtype)
-            out[first : first + rows] = rounded
-            wide = rounded.double()
-            for d in (x, y - x, wide - y):
-                torch.dot(d.view(-1), d.view(-1))
-            (wide != x).sum()
-
-        return lambda: list(pool.map(tile, range(0, len(weight), rows)))
+    rows = max(1, TILE_ELEMENTS["cpu"] // weight.shape[1])
     program = Program([Stage(f.blocks.numpy(), f.index.numpy()) for f in factors], n)
-    source, target = (t.view(torch.uint8).numpy() for t in (weight, out))
+    source, target = (t.view(torch.uint8).numpy() for t in (weight, torch.empty_like(weight)))
     step = -(-len(weight) // (threads * rows)) * rows
     ones = np.ones(len(weight))
 
@@ -131,11 +140,18 @@ def main() -> None:
     torch.manual_seed(0)
     keep_tiles_free_chunks()
 
-    def figures(kernel: str, factors: list[Factor], dtype: str, threads: int, side: str) -> dict[str, object]:
+    def figures(
+        kernel: str, b: int, m: int, factors: list[Factor], dtype: str, threads: int, side: str
+    ) -> dict[str, object]:
         shape = (args.rows, n) if side == "rows" else (n, n)
         weight = (torch.randn(shape) * 0.02).to(DTYPES[dtype])
         with ThreadPoolExecutor(threads) as pool:
-            best = least(fold(kernel, factors, weight, dtype, pool, threads, side), args.seconds)
+            if kernel in TORCH:
+                layer = AdapterLayer("", "", "", m, n // b, b, weight.numel() // n)
+                work = fold_by_torch(TORCH[kernel], layer, factors, weight, pool, threads, side)
+            else:
+                work = fold_by_kernel(kernel, factors, weight, dtype, pool, threads, side)
+            best = least(work, args.seconds)
         return {"ns/element": 1e9 * best / weight.numel(), "GB/s": 2 * weight.nbytes / best / 1e9}
 
     stages: list[dict[str, object]] = []
@@ -145,8 +161,8 @@ def main() -> None:
         )
         row: dict[str, object] = {"stage": size}
         for kernel in args.kernels:
-            measured = size or kernel != "torch"
-            row[kernel] = figures(kernel, factors, "BF16", 1, "rows")["ns/element"] if measured else None
+            measured = size or kernel not in TORCH
+            row[kernel] = figures(kernel, size, 1, factors, "BF16", 1, "rows")["ns/element"] if measured else None
         stages.append(row)
     print(f"one stage, BF16, rows of {n}, one thread, ns per element (0: conversion, scale and sums alone)")
     print_table(stages)
@@ -158,14 +174,13 @@ def main() -> None:
             for side in ("rows", "columns"):
                 for threads in args.threads:
                     for kernel in args.kernels:
-                        if kernel != "torch" or side == "rows":
-                            costs = TORCH_COSTS if kernel == "torch" else KERNEL_COSTS
-                            factors = list(rotation.fused(costs.smallest if side == "rows" else 1, costs).factors)
-                            told = {
-                                "b": str(b), "m": str(m), "stages": "+".join(str(f.index.shape[1]) for f in factors),
-                                "dtype": dtype, "side": side, "threads": str(threads), "kernel": kernel,
-                            }  # fmt: skip
-                            layers.append({**told, **figures(kernel, factors, dtype, threads, side)})
+                        costs = TORCH_COSTS if kernel in TORCH else KERNEL_COSTS
+                        factors = list(rotation.fused(costs.smallest if side == "rows" else 1, costs).factors)
+                        told = {
+                            "b": str(b), "m": str(m), "stages": "+".join(str(f.index.shape[1]) for f in factors),
+                            "dtype": dtype, "side": side, "threads": str(threads), "kernel": kernel,
+                        }  # fmt: skip
+                        layers.append({**told, **figures(kernel, b, m, factors, dtype, threads, side)})
     print_table(layers)
     write_figures(args.json, {"stages": stages, "layers": layers})
 
