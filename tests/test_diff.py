@@ -27,9 +27,11 @@ from boft_export.cli import diff as diff_command
 from boft_export.errors import DamagedFileError, ResourceError, UsageError
 from boft_export.linalg.bits import as_integers, largest_step
 from boft_export.linalg.rounding import round_once
-from boft_export.pipeline import tensor_change, tensor_pair
+from boft_export.pipeline import tensor_comparison, tensor_pair
 from boft_export.pipeline.diff import diff
-from boft_export.pipeline.tensor_change import ChangeKind, TensorChange, measure_change, workers
+from boft_export.pipeline.tensor_change import ChangeKind, TensorChange
+from boft_export.pipeline.tensor_comparison import measure_change
+from boft_export.pipeline.workers import workers
 from boft_export.report.schemas import schema
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -184,7 +186,7 @@ def test_steps_across_the_whole_range(dtype: torch.dtype) -> None:
 def test_angles_however_small(angle: float, scale: float, width: int) -> None:
     u, v = torch.linalg.qr(randn(width, 2, seed=width))[0].T
     turned = scale * (math.cos(angle) * u + math.sin(angle) * v)
-    found = tensor_change.row_angles(*(x.square().sum().reshape(1) for x in (u, turned, turned - u)))
+    found = tensor_comparison.row_angles(*(x.square().sum().reshape(1) for x in (u, turned, turned - u)))
     # Where lengths change too, the square root of float64's precision is what is left of small angles.
     assert float(found) == pytest.approx(angle, rel=1e-6, abs=1e-13 + 3e-8 * math.sqrt(abs(scale - 1)))
 
@@ -307,7 +309,7 @@ def test_pieces_and_threads(
     whole = compare(old, new)
     for block, tile, widest in ((4096, 1000, 1000), (30000, 500, 1 << 17), (1 << 20, 64, 1 << 17)):
         monkeypatch.setattr(tensor_pair, "BLOCK_BYTES", block)
-        monkeypatch.setattr(tensor_change, "BLOCK_BYTES", block)
+        monkeypatch.setattr(tensor_comparison, "BLOCK_BYTES", block)
         monkeypatch.setattr(tensor_pair, "_TILE_ELEMENTS", tile)
         monkeypatch.setattr(tensor_pair, "_WIDEST", widest)
         cut = compare(old, new)

@@ -12,14 +12,9 @@ from boft_export.errors import ResourceError, UsageError
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
 from boft_export.pipeline.memory import RUNTIME_BYTES
 from boft_export.pipeline.options import Progress
-from boft_export.pipeline.tensor_change import (
-    ChangeKind,
-    TensorChange,
-    comparing_bytes,
-    default_workers,
-    measure_change,
-    workers,
-)
+from boft_export.pipeline.tensor_change import ChangeKind, TensorChange
+from boft_export.pipeline.tensor_comparison import comparing_bytes, measure_change
+from boft_export.pipeline.workers import default_workers, workers
 from boft_export.planning.inputs import Ref, Sources
 from boft_export.planning.sizes import parse_size
 
