@@ -255,7 +255,7 @@ def _run(
             raise ValueError(f"the scale's shape is {scale.shape}, expected ({columns if by_columns else rows},)")
     tiles = np.zeros((-(-rows // tile_rows), 7))
     _fold.fold(
-        _KERNELS.index(kernel), by_columns, *program._arrays, source, read, out, written, scale, tiles,  # noqa: SLF001
+        _KERNELS.index(kernel), by_columns, *program._arrays, source, read, out, written, scale, tiles,  # noqa: SLF001  # of this module
         weight, columns, first, tile_rows,
     )  # fmt: skip
     return tiles

@@ -147,7 +147,9 @@ def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
         unsound = int((~finite).sum())
         x, y, rounded = x[finite], y[finite], rounded[finite]
         rounding = _squares(rounded - y)
-    return Measure(elements, int((rounded != x).sum()), _squares(x), _squares(y - x), rounding, damaged, unsound)
+    # Faster than comparing.
+    changed = int(torch.count_nonzero(rounded - x))
+    return Measure(elements, changed, _squares(x), _squares(y - x), rounding, damaged, unsound)
 
 
 def _squares(x: Tensor) -> float:
