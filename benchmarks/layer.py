@@ -3,7 +3,8 @@
 A square weight in bfloat16, m factors of blocks of b. By turns, each way folds the same weight; figures are medians.
 PEFT's ``merge`` makes R from what was trained each time, and so does "R, fold ms" here; "fold ms" is what a layer's
 size adds, once R is there. Both stand beside PEFT's ``merge``: how many times as fast. Ours writes correctly rounded
-results, and the compiled kernel takes the sums that a manifest has, too.
+results and takes the sums that a manifest has, too. "Fold" writes into memory that is there, as the merge's buffers
+are; "R, fold" into a new result, as PEFT does.
 """
 
 from __future__ import annotations
@@ -19,25 +20,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from folding import fold_by_kernel, fold_by_torch, layer_of
 from measured import interleaved, print_table, write_figures
+from numpy.typing import NDArray
 from peft import BOFTConfig
 from peft.tuners.boft.layer import Linear
 from torch import Tensor, nn
 
 from boft_export import Factor, Rotation, native
+from boft_export.adapters import View
 from boft_export.linalg.butterfly import butterfly_index
 from boft_export.linalg.cayley import cayley, skew
 from boft_export.linalg.planner import KERNEL_COSTS, TORCH_COSTS, Costs
-from boft_export.linalg.rounding import round_once
 from boft_export.pipeline.allocator import keep_tiles_free_chunks
-from boft_export.pipeline.one_torch_thread import ONE_TORCH_THREAD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "minilm"))
 from peft_cpu import enable_butterflies_on_cpu
-
-# Elements of a tile of the torch path, as the merge has them.
-TILE = 1 << 17
-_THREADS = ThreadPoolExecutor()
 
 
 def rotation(trained: Tensor, costs: Costs) -> Rotation:
@@ -46,48 +44,6 @@ def rotation(trained: Tensor, costs: Costs) -> Rotation:
     size = blocks.shape[-1]
     factors = (Factor(q, butterfly_index(i, len(q), size, np)) for i, q in enumerate(blocks))
     return Rotation(tuple(factors)).fused(costs.smallest, costs)
-
-
-def for_torch(trained: Tensor) -> Rotation:
-    """Return R as torch applies it."""
-    return rotation(trained, TORCH_COSTS).tensors()
-
-
-def for_kernel(trained: Tensor) -> native.Program:
-    """Return R as the compiled kernel takes it."""
-    turned = rotation(trained, KERNEL_COSTS)
-    return native.Program([native.Stage(f.blocks, f.index) for f in turned.factors], turned.num_features)
-
-
-def fold_by_torch(turned: Rotation, scale: Tensor, weight: Tensor, threads: int) -> Tensor:
-    """Return diag(s) W R^T."""
-    out, tile = torch.empty_like(weight), max(1, TILE // weight.shape[1])
-
-    def part(rows: slice) -> None:
-        with ONE_TORCH_THREAD:
-            for w, s, o in zip(*(torch.split(x[rows], tile) for x in (weight, scale, out)), strict=True):
-                o[:] = round_once(turned.rotate_columns(w.double()) * s, o.dtype)
-
-    in_parts(part, len(weight), threads)
-    return out
-
-
-def fold_by_kernel(made: native.Program, scale: Tensor, weight: Tensor, threads: int) -> Tensor:
-    """Return diag(s) W R^T."""
-    out = torch.empty_like(weight)
-    source, target, scales = weight.view(torch.int16).numpy(), out.view(torch.int16).numpy(), scale.numpy().ravel()
-
-    def part(rows: slice) -> None:
-        native.fold_rows(made, source[rows], "BF16", target[rows], "BF16", scale=scales[rows], tile_rows=32)
-
-    in_parts(part, len(weight), threads)
-    return out
-
-
-def in_parts(work: Callable[[slice], None], rows: int, threads: int) -> None:
-    """Do an equal part of the rows on each thread, as the merge does with chunks."""
-    step = -(-rows // threads)
-    list(_THREADS.map(work, [slice(i, i + step) for i in range(0, rows, step)]))
 
 
 @dataclass(frozen=True)
@@ -105,25 +61,24 @@ class Way:
         return f"{self.by}, {self.threads}"
 
 
-def ours(trained: Tensor, scale: Tensor, weight: Tensor, threads: int) -> Iterator[Way]:
+def ours(trained: Tensor, scale: NDArray[np.float64], weight: Tensor, threads: int) -> Iterator[Way]:
     """Yield our ways on so many threads: fold with an R that is there, and with one that is made each time."""
-    turned = for_torch(trained)
-    yield Way(
-        "torch",
-        threads,
-        sum(f.blocks.nbytes for f in turned.factors),
-        lambda: fold_by_torch(turned, scale, weight, threads),
-        lambda: fold_by_torch(for_torch(trained), scale, weight, threads),
-    )
+    pool = ThreadPoolExecutor(threads)
+    layer = layer_of(weight, View.INPUT, len(trained), trained.shape[-1])
+
+    def by_torch() -> Callable[[], Tensor]:
+        turned = rotation(trained, TORCH_COSTS).tensors()
+        return fold_by_torch(layer, View.INPUT, turned, scale, weight, pool)
+
+    def by_kernel() -> Callable[[], Tensor]:
+        return fold_by_kernel(layer, View.INPUT, rotation(trained, KERNEL_COSTS), scale, weight, pool)
+
+    ways = {"torch": (by_torch, TORCH_COSTS)}
     if kernel := native.instruction_set():
-        made = for_kernel(trained)
-        yield Way(
-            kernel,
-            threads,
-            made.nbytes,
-            lambda: fold_by_kernel(made, scale, weight, threads),
-            lambda: fold_by_kernel(for_kernel(trained), scale, weight, threads),
-        )
+        ways[kernel] = by_kernel, KERNEL_COSTS
+    for by, (ready, costs) in ways.items():
+        held = sum(f.blocks.nbytes for f in rotation(trained, costs).factors)
+        yield Way(by, threads, held, ready(), lambda ready=ready: ready()())  # type: ignore[misc]
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
@@ -164,7 +119,7 @@ def main() -> None:
     # A PEFT model holds its adapter in float32, whatever the base's dtype.
     peft.boft_R.float()
     peft.boft_s.float()
-    trained, scale = peft.boft_R["default"].data, peft.boft_s["default"].data.double()
+    trained, scale = peft.boft_R["default"].data, peft.boft_s["default"].data.double().numpy().ravel()
 
     @torch.no_grad()
     def merge() -> Tensor:

@@ -126,30 +126,33 @@ def _apply(step: Step, operator: LayerOperator, flat: Tensor, start: int) -> Ten
         first = (start - step.start) // x.shape[1]
         x = rotation.rotate_columns(x)
         if scale is not None:
-            x = x * scale[first : first + x.shape[0], None]
+            x.mul_(scale[first : first + x.shape[0], None])
     else:
         x = flat.view(-1, step.layer.num_outputs or 1)
         first = (start - step.start) // x.shape[1]
         x = rotation.restrict(first, first + x.shape[0]).rotate_rows(x)
         if scale is not None:
-            x = x * scale
+            x.mul_(scale)
     after = x.reshape(-1)
     return after if operator.weight == 1 else (1 - operator.weight) * before + operator.weight * after
 
 
 def _measure(x: Tensor, y: Tensor, rounded: Tensor) -> Measure:
     elements, damaged, unsound = x.numel(), 0, 0
-    rounding = _squares(rounded - y)
+    scratch = rounded - y
+    rounding = _squares(scratch)
     if not math.isfinite(rounding):
         # Infinities, as in a mask, are taken over as they are; what was done is measured on the other elements.
         finite = torch.isfinite(x)
         damaged = int((~torch.isfinite(rounded) & finite).sum())
         unsound = int((~finite).sum())
         x, y, rounded = x[finite], y[finite], rounded[finite]
-        rounding = _squares(rounded - y)
+        scratch = rounded - y
+        rounding = _squares(scratch)
+    change = _squares(torch.sub(y, x, out=scratch))
     # Faster than comparing.
-    changed = int(torch.count_nonzero(rounded - x))
-    return Measure(elements, changed, _squares(x), _squares(y - x), rounding, damaged, unsound)
+    changed = int(torch.count_nonzero(torch.sub(rounded, x, out=scratch)))
+    return Measure(elements, changed, _squares(x), change, rounding, damaged, unsound)
 
 
 def _squares(x: Tensor) -> float:
