@@ -114,5 +114,8 @@ def raise_for_errors(notices: Sequence[Notice], headline: str) -> None:
 
 def first_line(error: Exception) -> str:
     """Return what an error that is not ours says first, without a full stop; its type where it says nothing."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
+    text = str(error)
+    # Python's own form; of others it may leave out the host.
+    if isinstance(error, OSError) and text.startswith("[Errno") and isinstance(error.strerror, str):
+        text = error.strerror
+    return next(iter(text.strip().splitlines()), "").rstrip(".") or type(error).__name__

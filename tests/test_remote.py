@@ -216,7 +216,7 @@ def test_password_in_a_url(base: Path, adapter: Path) -> None:
     with pytest.raises(UsageError, match="password"):
         parse_path("zip://a::s3://me:secret@b/c")
     with pytest.raises(UsageError, match="token"):
-        parse_path("https://secret@host/x")
+        parse_path("HTTPS://secret@host/x")
     assert parse_path("https://host/x@y").name == "x@y"
     assert parse_path("az://container@account.dfs.core.windows.net/x:y@z").name == "x:y@z"
     assert parse_path("github://org:name@main/x").name == "x"

@@ -128,7 +128,7 @@ def _download(
         ) from error
     except HfHubHTTPError as error:
         raise AccessError(
-            f"the Hub did not give {repo}: {first_line(error)}",
+            f"the Hub did not give {repo}: {first_line(error)}.",
             hint="Check the id, the revision, and HF_TOKEN for private or gated repositories.",
         ) from error
     except HFValidationError as error:

@@ -11,7 +11,7 @@ from boft_export.errors import UsageError
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
 # A name and a password before the host, in any part of a URL; on the web, a token alone.
-_PASSWORD = re.compile(r"://[^/@]*:[^/]*@|https?://[^/@?#]+@")
+_PASSWORD = re.compile(r"://[^/@]*:[^/]*@|https?://[^/@?#]+@", re.IGNORECASE)
 # Other names of the same store: an output in an input's folder must be seen to be there.
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "local": "file"}
 

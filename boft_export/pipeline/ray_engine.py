@@ -120,7 +120,7 @@ class _Run:
 
         def begin(task: Task) -> None:
             do = ray.remote(do_task).options(**_needs(task, needs), max_retries=0, name=self._name(task))
-            pending[do.remote(versions, shared, task, tally)] = task
+            pending[do.remote(versions, shared, pickle.dumps(task), tally)] = task
 
         try:
             for task in tasks:

@@ -1,4 +1,4 @@
-"""What a worker of a Ray cluster does: the local engine's work for one weight file, and digests of inputs."""
+"""A task on a Ray cluster, what it is told and what it tells: a weight file by the local engine, digests of inputs."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from boft_export.version import __version__
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-# Seconds between two words of a worker; and that a task waits for the first answer, which tells whether the run is
-# still on.
+# Seconds between two words of a worker.
 _WORD = 0.1
+# Seconds that a task waits for the first answer, which tells whether the run is still on.
 _FIRST = 1.0
-# Bytes that are digested between two looks at whether it is.
+# Bytes that are digested between two looks at whether the run is still on.
 _DIGEST_PIECE = 4 << 20
 # What folds: where it is not the best that there is, the driver's choice holds for all nodes.
 _KERNEL = "BOFT_EXPORT_KERNEL"
@@ -165,8 +165,14 @@ class _Words:
         self._said = None
 
 
-def do_task(versions: Mapping[str, str], pickled: bytes, task: Task, tally: ActorHandle[Tally]) -> TaskResult:
+def do_task(versions: Mapping[str, str], job: bytes, task: bytes, tally: ActorHandle[Tally]) -> TaskResult:
     """Do a task, on a worker.
+
+    Args:
+        versions: What must be installed here, looked at before anything of the package is unpickled.
+        job: A ``Job``, pickled.
+        task: A ``Task``, pickled.
+        tally: Who is told how far it is.
 
     Raises:
         UsageError: If other versions are installed here.
@@ -175,11 +181,11 @@ def do_task(versions: Mapping[str, str], pickled: bytes, task: Task, tally: Acto
     kernel = versions.get(_FOLD)
     with environment_variable(_KERNEL, kernel) if kernel in _CHOSEN else contextlib.nullcontext():
         _check_versions(versions)
-        job: Job = pickle.loads(pickled)  # noqa: S301  # whoever can start tasks here can run anything
+        shared, own = (pickle.loads(x) for x in (job, task))  # noqa: S301  # whoever can start tasks can run anything
         with contextlib.suppress(OSError):
-            os.chdir(job.folder)
+            os.chdir(shared.folder)
         try:
-            return _done(job, task, tally)
+            return _done(shared, own, tally)
         except AccessError as error:
             message = f"{error.message.rstrip('.')} (on node {platform.node()})."
             raise AccessError(message, hint=error.hint or _SHARED) from error
